@@ -1,0 +1,1 @@
+"""Triton kernels of fastppo and their launchers. Imports torch and triton, never fastppo."""
