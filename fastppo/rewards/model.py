@@ -1,0 +1,196 @@
+"""A reward model: a transformers sequence classifier with one label, scoring prompt + completion.
+
+The score of a sample is the classifier's only logit on the text of prompt and completion: through
+the reward model's own chat template when the prompt is conversational, else on the two strings
+joined. The reward model has its own tokenizer, so here (and only here) text is tokenised again; the
+policy's tokens are never replaced by it.
+
+B samples, S_i tokens of sample i under the reward model's tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RewardModel:
+    """A reward function made of a `AutoModelForSequenceClassification` with one label.
+
+    A folder's configuration and tokenizer are read and checked at once; its weights are read by
+    `load()` or on the first call, so a run refused for another reason never pays for them. It only
+    ever runs in evaluation mode and without gradients.
+
+    Args:
+        model: a local folder written by `save_pretrained`, or the model itself.
+        tokenizer: the reward model's tokenizer; read from the folder when None.
+        device: where it runs; CUDA when there is one and the model comes from a folder, else where
+            the given model already is.
+        dtype: of the weights; bfloat16 on CUDA and float32 on CPU when None (a folder), untouched
+            when None (a model).
+        token_budget: padded tokens per forward pass (rows times the longest row).
+
+    Raises:
+        ValueError: no such folder, not a sequence classifier, more than one label, no tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Any,
+        tokenizer: Any = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        token_budget: int = 16_384,
+    ) -> None:
+        if token_budget < 1:
+            raise ValueError(
+                f"token_budget must be a positive number of tokens, got {token_budget}"
+            )
+        self.token_budget = token_budget
+        self.tokenizer = tokenizer
+        self._model: Any = None
+        self._folder: Path | None = None
+        if isinstance(model, (str, Path)):
+            self._folder = Path(model)
+            self.__name__ = self._folder.resolve().name
+            self.config = self._open(self._folder)
+            default = "cuda" if torch.cuda.is_available() else "cpu"
+            self.device = torch.device(device if device is not None else default)
+            self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        else:
+            if tokenizer is None:
+                raise ValueError(
+                    "tokenizer must be given with a model that is already loaded: "
+                    "RewardModel(model, tokenizer)"
+                )
+            self.__name__ = type(model).__name__
+            self.config = model.config
+            self.device = torch.device(device) if device is not None else model.device
+            self.dtype = dtype or model.dtype
+            self._model = model.to(device=self.device, dtype=self.dtype).eval()
+        if (labels := getattr(self.config, "num_labels", None)) != 1:
+            raise ValueError(
+                f"reward model {self.__name__!r} must have exactly one label (its score), got "
+                f"num_labels = {labels}; train or convert it with num_labels=1"
+            )
+
+    def _open(self, folder: Path) -> Any:
+        """Reads the folder's configuration, and its tokenizer unless one was given."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"reward model {str(folder)!r} must be a local folder with a config.json, as "
+                "save_pretrained writes it; nothing is downloaded"
+            )
+        if self.tokenizer is None:
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"reward model {str(folder)!r} has no usable tokenizer ({error}); save its "
+                    "tokenizer into the same folder"
+                ) from error
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+    def load(self) -> Any:
+        """The model on its device; reads the weights the first time.
+
+        Raises:
+            ValueError: the folder's weights leave some parameter at random, e.g. the score head.
+        """
+        if self._model is None:
+            from transformers import AutoModelForSequenceClassification
+
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                str(self._folder), dtype=self.dtype, local_files_only=True, output_loading_info=True
+            )
+            if info["missing_keys"]:
+                raise ValueError(
+                    f"reward model {str(self._folder)!r} lacks weights for "
+                    f"{sorted(info['missing_keys'])}: they would be random; use a folder saved "
+                    "from a trained AutoModelForSequenceClassification"
+                )
+            self._model = model.to(self.device).eval().requires_grad_(False)
+        return self._model
+
+    def encode(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[list[int]]:
+        """Token ids of every sample under the reward model's tokenizer, B lists of S_i ids."""
+        encoded: list[list[int]] = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            if isinstance(prompt, str):
+                ids = self.tokenizer(prompt + completion)["input_ids"]
+            elif self.tokenizer.chat_template is None:
+                raise ValueError(
+                    f"the tokenizer of reward model {self.__name__!r} has no chat template but the "
+                    "prompts are messages; set tokenizer.chat_template or use plain string prompts"
+                )
+            else:
+                messages = [*prompt, *completion]
+                ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)[
+                    "input_ids"
+                ]
+            encoded.append(list(ids))
+        return encoded
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        """The score of each sample.
+
+        Args:
+            prompts: B strings or B lists of chat messages.
+            completions: B strings, or B lists of one assistant message for chat prompts.
+
+        Returns:
+            B scores (the logit, in float32).
+
+        Raises:
+            ValueError: a sample is empty or longer than the reward model's positions.
+        """
+        model = self.load()
+        encoded = self.encode(prompts, completions)
+        longest = getattr(self.config, "max_position_embeddings", None)
+        for sample, ids in enumerate(encoded):
+            if not ids or (longest and len(ids) > longest):
+                raise ValueError(
+                    f"sample {sample} has {len(ids)} tokens for reward model {self.__name__!r}, "
+                    f"which reads 1 to {longest or 'any number'}; shorten max_prompt_length or "
+                    "max_new_tokens"
+                )
+        scores = [0.0] * len(encoded)
+        pad = getattr(self.config, "pad_token_id", None)
+        # Classifiers on causal models read the last token that is not `pad`. Without a pad id they
+        # accept one sequence at a time only, and inventing an id would move what they read.
+        budget = self.token_budget if pad is not None else 1
+        for rows in _batches([len(ids) for ids in encoded], budget):
+            width = max(len(encoded[row]) for row in rows)
+            input_ids = torch.full((len(rows), width), pad or 0)  # (rows, width) int64
+            mask = torch.zeros_like(input_ids)
+            for i, row in enumerate(rows):
+                input_ids[i, : len(encoded[row])] = torch.tensor(encoded[row])
+                mask[i, : len(encoded[row])] = 1
+            logits: Tensor = model(
+                input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
+            ).logits  # (rows, 1)
+            for row, score in zip(rows, logits.float().squeeze(-1).tolist(), strict=True):
+                scores[row] = score
+        return scores
+
+
+def _batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices, longest first, cut so that rows times the longest row stays within `budget` tokens.
+
+    A sequence longer than the budget forms a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
