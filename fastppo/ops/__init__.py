@@ -1,0 +1,62 @@
+"""Differentiable building blocks of PPO on packed tokens, one per file.
+
+Every op takes flat tensors over N response tokens, computes in float32 (float64 for float64
+inputs) and names the argument when it refuses one. Beside each op `x` stands `x_reference`: the
+same in plain torch, slow and obvious, which the tests hold it to.
+"""
+
+from __future__ import annotations
+
+from fastppo.ops._ppo_config import PPOLossConfig
+from fastppo.ops._ppo_metrics import PPO_METRIC_NAMES, combine_ppo_metrics, reduce_ppo_metrics
+from fastppo.ops.gae import GAE, gae, gae_reference
+from fastppo.ops.group_advantages import group_advantages, group_advantages_reference
+from fastppo.ops.kl_penalty import kl_penalty, kl_penalty_reference
+from fastppo.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
+from fastppo.ops.linear_ppo_loss import linear_ppo_loss, linear_ppo_loss_reference
+from fastppo.ops.loss_weights import loss_weights, loss_weights_reference
+from fastppo.ops.ppo_loss import PPOLoss, ppo_loss, ppo_loss_reference
+from fastppo.ops.token_logprobs import LogProbs, token_logprobs, token_logprobs_reference
+from fastppo.ops.value_loss import (
+    VALUE_METRIC_NAMES,
+    ValueLoss,
+    combine_value_metrics,
+    reduce_value_metrics,
+    value_loss,
+    value_loss_reference,
+)
+from fastppo.ops.whiten import whiten, whiten_reference
+
+__all__ = [
+    "GAE",
+    "PPO_METRIC_NAMES",
+    "VALUE_METRIC_NAMES",
+    "LogProbs",
+    "PPOLoss",
+    "PPOLossConfig",
+    "ValueLoss",
+    "combine_ppo_metrics",
+    "combine_value_metrics",
+    "gae",
+    "gae_reference",
+    "group_advantages",
+    "group_advantages_reference",
+    "kl_penalty",
+    "kl_penalty_reference",
+    "linear_logprobs",
+    "linear_logprobs_reference",
+    "linear_ppo_loss",
+    "linear_ppo_loss_reference",
+    "loss_weights",
+    "loss_weights_reference",
+    "ppo_loss",
+    "ppo_loss_reference",
+    "reduce_ppo_metrics",
+    "reduce_value_metrics",
+    "token_logprobs",
+    "token_logprobs_reference",
+    "value_loss",
+    "value_loss_reference",
+    "whiten",
+    "whiten_reference",
+]

@@ -1,0 +1,48 @@
+"""What every op test shares: tolerance by comparison, and `torch.empty` filled with NaN.
+
+`no_worse(result, plain, truth)`: the op may err against float64 as much as plain torch does in the
+same dtype, plus a hair. A fixed tolerance wide enough for bf16 would hide four digits of
+regression. Where both round their results to bf16, whose largest error is smaller is luck: pass
+rel=2**-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def _no_worse(result: Tensor, plain: Tensor, truth: Tensor, rel: float = 2e-6) -> None:
+    assert result.shape == truth.shape
+    if truth.numel() == 0:
+        return
+    error = (result.double() - truth.double()).abs().max()
+    allowed = (plain.double() - truth.double()).abs().max() + 2e-6 + rel * truth.abs().max()
+    assert error <= allowed, f"error {error:.3g} > allowed {allowed:.3g}"
+
+
+@pytest.fixture
+def no_worse() -> Callable[..., None]:
+    return _no_worse
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    """Uninitialised memory that reaches a result shows as NaN."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]

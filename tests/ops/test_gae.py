@@ -1,0 +1,253 @@
+"""gae against plain loops: ours and the peers' conventions, closed forms, masks, odd lengths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastppo.ops import gae, gae_reference
+
+# Empty sequences, single tokens, one block of 64 and its neighbours, several levels of blocks.
+LENGTHS = [[], [0], [1], [3, 0, 1, 5], [63, 64, 65, 0, 1], [4099, 2, 130]]
+
+
+def packed(lengths, rng, dtype=torch.float64):
+    cu = torch.tensor([0, *torch.tensor(lengths, dtype=torch.long).cumsum(0)], dtype=torch.int32)
+    n = int(cu[-1])
+    rewards, values = torch.randn(2, n, generator=rng, dtype=dtype)
+    return rewards, values, cu
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("mode", ["carry", "dense-zero", "none"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_against_the_loop(lengths, mode, masked, rng):
+    rewards, values, cu = packed(lengths, rng)
+    options = {
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
+        "mask": torch.rand(len(values), generator=rng) < 0.7 if masked else None,
+        "mask_mode": mode,
+        "bootstrap": torch.randn(len(lengths), generator=rng, dtype=torch.float64),
+    }
+    truth = gae_reference(rewards, values, cu, **options)
+    torch.testing.assert_close(gae(rewards, values, cu, **options), truth, rtol=1e-12, atol=1e-12)
+    options["bootstrap"] = options["bootstrap"].float()
+    single = gae(rewards.float(), values.float(), cu, **options)
+    assert single.advantages.dtype == torch.float32
+    torch.testing.assert_close(single.advantages.double(), truth.advantages, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_no_decay_over_a_long_sequence(gamma, rng):
+    rewards, values, cu = packed([20000], rng)
+    truth = gae_reference(rewards, values, cu, gamma=gamma, gae_lambda=1.0)
+    result = gae(rewards, values, cu, gamma=gamma, gae_lambda=1.0)
+    torch.testing.assert_close(result, truth, rtol=1e-10, atol=1e-10)
+
+
+def test_integers_are_exact():
+    rewards = torch.arange(200.0) % 7
+    values = torch.arange(200.0) % 5
+    cu = torch.tensor([0, 70, 200])
+    result = gae(rewards, values, cu, gamma=1.0, gae_lambda=1.0)
+    truth = gae_reference(rewards.double(), values.double(), cu, gamma=1.0, gae_lambda=1.0)
+    assert torch.equal(result.advantages.double(), truth.advantages)
+    assert torch.equal(result.returns.double(), truth.returns)
+
+
+def test_closed_forms(rng):
+    rewards, values, cu = packed([6, 4], rng)
+    last = torch.tensor([5, 9])
+    following = torch.cat([values[1:], values.new_zeros(1)])
+    following[last] = 0
+    one_step = gae(rewards, values, cu, gamma=0.9, gae_lambda=0.0)
+    torch.testing.assert_close(one_step.advantages, rewards + 0.9 * following - values)
+    monte_carlo = gae(rewards, values, cu, gamma=1.0, gae_lambda=1.0)
+    to_go = torch.cat([p.flip(0).cumsum(0).flip(0) for p in rewards.split([6, 4])])
+    torch.testing.assert_close(monte_carlo.returns, to_go)
+    myopic = gae(rewards, values, cu, gamma=0.0, gae_lambda=0.95)
+    torch.testing.assert_close(myopic.returns, rewards)
+
+
+def test_cleanrl_loop(rng):
+    """ppo.py lines 219-231 for one environment and nextdone = 0: truncated, bootstrapped."""
+    rewards, values, cu = packed([17], rng)
+    next_value, gamma, lam = torch.tensor([0.3], dtype=torch.float64), 0.98, 0.9
+    advantages, lastgaelam = torch.zeros_like(rewards), 0
+    for t in reversed(range(17)):
+        nextvalues = next_value if t == 16 else values[t + 1]
+        delta = rewards[t] + gamma * nextvalues - values[t]
+        advantages[t] = lastgaelam = delta + gamma * lam * lastgaelam
+    result = gae(rewards, values, cu, gamma=gamma, gae_lambda=lam, bootstrap=next_value)
+    torch.testing.assert_close(result.advantages, advantages)
+    torch.testing.assert_close(result.returns, advantages + values)
+
+
+def padded(x, lengths):
+    return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
+
+
+def test_trl_loop(rng):
+    lengths = [5, 9, 1]
+    rewards, values, cu = packed(lengths, rng)
+    r, v = padded(rewards, lengths), padded(values, lengths)
+    gamma, lam, lastgaelam, reversed_advantages = 0.97, 0.9, 0, []
+    gen_length = r.shape[1]
+    for t in reversed(range(gen_length)):
+        nextvalues = v[:, t + 1] if t < gen_length - 1 else 0.0
+        delta = r[:, t] + gamma * nextvalues - v[:, t]
+        lastgaelam = delta + gamma * lam * lastgaelam
+        reversed_advantages.append(lastgaelam)
+    advantages = torch.stack(reversed_advantages[::-1], dim=1)
+    result = gae(rewards, values, cu, gamma=gamma, gae_lambda=lam)
+    for i, part in enumerate(result.advantages.split(lengths)):
+        torch.testing.assert_close(part, advantages[i, : lengths[i]])
+
+
+def tool_masks(rng, lengths):
+    """Interior, leading and trailing masked spans."""
+    mask = torch.rand(sum(lengths), generator=rng) < 0.6
+    mask[2:5] = False
+    mask[lengths[0] - 1] = False
+    mask[lengths[0]] = False
+    mask[lengths[0] + 1] = True
+    return mask
+
+
+def test_verl_loop_carries_through_masked_spans(rng):
+    lengths = [12, 9]
+    rewards, values, cu = packed(lengths, rng)
+    mask = tool_masks(rng, lengths)
+    r, v, m = (padded(x, lengths) for x in (rewards, values, mask.double()))
+    gamma, lam, nextvalues, lastgaelam, reversed_advantages = 0.97, 0.9, 0, 0, []
+    for t in reversed(range(r.shape[1])):
+        delta = r[:, t] + gamma * nextvalues - v[:, t]
+        lastgaelam_ = delta + gamma * lam * lastgaelam
+        nextvalues = v[:, t] * m[:, t] + (1 - m[:, t]) * nextvalues
+        lastgaelam = lastgaelam_ * m[:, t] + (1 - m[:, t]) * lastgaelam
+        reversed_advantages.append(lastgaelam)
+    advantages = torch.stack(reversed_advantages[::-1], dim=1)
+    returns = advantages + v
+    result = gae(rewards, values, cu, gamma=gamma, gae_lambda=lam, mask=mask)
+    for i in range(2):
+        keep = mask.split(lengths)[i]
+        for ours, theirs in ((result.advantages, advantages), (result.returns, returns)):
+            part = ours.split(lengths)[i]
+            torch.testing.assert_close(part[keep], theirs[i, : lengths[i]][keep])
+            assert (part[~keep] == 0).all()
+
+
+def test_openrlhf_loop_zeroes_masked_slots(rng):
+    lengths = [12, 9]
+    rewards, values, cu = packed(lengths, rng)
+    mask = tool_masks(rng, lengths)
+    r, v, m = (padded(x, lengths) for x in (rewards, values, mask.double()))
+    v, r = m * v, m * r
+    gamma, lam, lastgaelam, reversed_advantages = 0.97, 0.9, 0, []
+    for t in reversed(range(r.shape[1])):
+        nextvalues = v[:, t + 1] if t < r.shape[1] - 1 else 0.0
+        delta = r[:, t] + gamma * nextvalues - v[:, t]
+        lastgaelam = delta + gamma * lam * lastgaelam
+        reversed_advantages.append(lastgaelam)
+    advantages = torch.stack(reversed_advantages[::-1], dim=1)
+    result = gae(
+        rewards, values, cu, gamma=gamma, gae_lambda=lam, mask=mask, mask_mode="dense-zero"
+    )
+    for i in range(2):
+        keep = mask.split(lengths)[i]
+        part = result.advantages.split(lengths)[i]
+        torch.testing.assert_close(part[keep], advantages[i, : lengths[i]][keep])
+        assert (part[~keep] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["carry", "dense-zero"])
+def test_masked_slots_may_hold_nan(mode, rng):
+    rewards, values, cu = packed([12, 9], rng)
+    mask = tool_masks(rng, [12, 9])
+    options = {"gamma": 0.9, "gae_lambda": 0.8, "mask": mask, "mask_mode": mode}
+    clean = gae(rewards, values, cu, **options)
+    poison = [torch.where(mask, x, torch.nan) for x in (rewards, values)]
+    assert all(torch.equal(a, b) for a, b in zip(gae(*poison, cu, **options), clean, strict=True))
+
+
+def test_fully_masked_sequence_and_batch(rng):
+    rewards, values, cu = packed([3, 4], rng)
+    mask = torch.tensor([False] * 3 + [True] * 4)
+    result = gae(rewards, values, cu, gamma=0.9, gae_lambda=0.8, mask=mask)
+    assert (result.advantages[:3] == 0).all()
+    alone = gae(rewards[3:], values[3:], torch.tensor([0, 4]), gamma=0.9, gae_lambda=0.8)
+    torch.testing.assert_close(result.advantages[3:], alone.advantages)
+    nothing = gae(rewards, values, cu, gamma=0.9, gae_lambda=0.8, mask=torch.zeros_like(mask))
+    assert (nothing.advantages == 0).all()
+    assert (nothing.returns == 0).all()
+
+
+def test_sequences_do_not_see_each_other(rng):
+    rewards, values, cu = packed([70, 130, 5], rng)
+    before = gae(rewards, values, cu, gamma=1.0, gae_lambda=1.0).advantages
+    rewards[70:200] = torch.randn(130, generator=rng, dtype=torch.float64)
+    after = gae(rewards, values, cu, gamma=1.0, gae_lambda=1.0).advantages
+    assert torch.equal(before[:70], after[:70])
+    assert torch.equal(before[200:], after[200:])
+    assert not torch.equal(before[70:200], after[70:200])
+
+
+def test_split_with_bootstrap_at_lambda_zero(rng):
+    rewards, values, cu = packed([10], rng)
+    whole = gae(rewards, values, cu, gamma=0.9, gae_lambda=0.0)
+    bootstrap = torch.stack([values[4], values.new_zeros(())])
+    options = {"gamma": 0.9, "gae_lambda": 0.0, "bootstrap": bootstrap}
+    halves = gae(rewards, values, torch.tensor([0, 4, 10]), **options)
+    torch.testing.assert_close(whole.advantages, halves.advantages)
+
+
+def test_returns_lambda_only_changes_the_returns(rng):
+    rewards, values, cu = packed([30, 7], rng)
+    two = gae(rewards, values, cu, gamma=1.0, gae_lambda=0.9, returns_lambda=1.0)
+    actor = gae(rewards, values, cu, gamma=1.0, gae_lambda=0.9)
+    critic = gae(rewards, values, cu, gamma=1.0, gae_lambda=1.0)
+    assert torch.equal(two.advantages, actor.advantages)
+    assert torch.equal(two.returns, critic.returns)
+    mask = torch.rand(37, generator=rng) < 0.5
+    options = {"gamma": 1.0, "gae_lambda": 0.9, "returns_lambda": 1.0, "mask": mask}
+    torch.testing.assert_close(
+        gae(rewards, values, cu, **options), gae_reference(rewards, values, cu, **options)
+    )
+
+
+def test_result_is_a_constant_and_autocast_does_not_touch_it(rng):
+    rewards, values, cu = packed([100], rng, torch.float32)
+    plain = gae(rewards, values.requires_grad_(), cu, gamma=0.99, gae_lambda=0.95)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = gae(rewards, values, cu, gamma=0.99, gae_lambda=0.95)
+    assert torch.equal(plain.advantages, cast.advantages)
+    assert not plain.returns.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([1, 4])}, ValueError, r"cu_seqlens\[0\] = 0, got 1"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, r"cu_seqlens: .*rows 4, got 3"),
+        ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, ValueError, r"cu_seqlens\[1\] = 3 > .* = 2"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, TypeError, "cu_seqlens: .*int32 or int64"),
+        ({"gamma": 1.01}, ValueError, r"gamma: .*\[0, 1\], got 1.01"),
+        ({"gae_lambda": -0.1}, ValueError, "gae_lambda"),
+        ({"returns_lambda": 2.0}, ValueError, "returns_lambda"),
+        ({"rewards": torch.zeros(5)}, ValueError, r"rewards: expected shape \(4,\), got \(5,\)"),
+        ({"mask": torch.ones(4)}, TypeError, "mask: expected dtype bool, got float32"),
+        ({"mask_mode": "zero"}, ValueError, "mask_mode: expected one of carry, dense-zero, none"),
+        ({"bootstrap": torch.zeros(2)}, ValueError, r"bootstrap: expected shape \(1,\)"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    args = {
+        "rewards": torch.zeros(4),
+        "values": torch.zeros(4),
+        "cu_seqlens": torch.tensor([0, 4]),
+        "gamma": 1.0,
+        "gae_lambda": 1.0,
+    }
+    with pytest.raises(error, match=message):
+        gae(**(args | change))
