@@ -1,0 +1,281 @@
+"""What a run measures and where it goes: metrics.jsonl, samples.jsonl, trackers, phase times.
+
+Both files hold one JSON object a line (strict JSON: NaN and infinity become null) and are flushed
+after each line, so `tail -f` works and a killed run loses at most the line being written.
+
+A metrics row has at least `iteration` (from 1). The trainer's keys: reward, reward/<function>,
+score_std, kl (nats per token to the reference), kl_sequence (nats per response), entropy (nats),
+policy_loss, value_loss, approx_kl, clipfrac (share), explained_variance, response_length (tokens),
+truncated (share), eos_rate (share), learning_rate, kl_coef, actor_grad_norm, critic_grad_norm,
+tokens_per_second, seconds_<phase>, seconds_total, and on evaluation iterations eval_reward.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import numbers
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Protocol
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+TRACKERS: tuple[Tracker, ...] = ("tensorboard", "wandb", "trackio")
+
+
+def check_report_to(report_to: Sequence[str]) -> None:
+    """Refuse trackers that are unknown or not installed, without importing any of them.
+
+    Raises:
+        TypeError: `report_to` is a string, not a list of strings.
+        ValueError: a tracker is unknown, or its package is missing (the message names the extra).
+    """
+    if isinstance(report_to, str):
+        raise TypeError(
+            f"report_to must be a list of trackers, got {report_to!r}; write [{report_to!r}]"
+        )
+    for name in report_to:
+        if name not in TRACKERS:
+            raise ValueError(f"report_to must hold names from {list(TRACKERS)}, got {name!r}")
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # without origin: a folder of runs named like it
+            raise ValueError(
+                f"report_to has {name!r}, but the package {name!r} is not installed; "
+                f"run `pip install 'fastppo[{name}]'` or remove it from report_to"
+            )
+
+
+class _Sink(Protocol):
+    def log(self, values: Mapping[str, float], iteration: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
+        self._writer.add_text(
+            "config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```"
+        )
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, iteration)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Run:
+    """A wandb or trackio run: both have init(...), log(values, step) and finish()."""
+
+    def __init__(self, module: str, **init: Any) -> None:
+        self._run: Any = importlib.import_module(module).init(**init)
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        self._run.log(dict(values), step=iteration)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MetricsWriter:
+    """Appends metrics and samples to a run directory and forwards the metrics to trackers.
+
+    Args:
+        run_dir: folder of the run, made if missing; existing files are appended to (a last line
+            that a crash left unfinished is dropped).
+        report_to: any of "tensorboard" (written to run_dir/tensorboard), "wandb", "trackio".
+        config: the resolved configuration, shown by the trackers.
+        run_name: the run's name in wandb and trackio.
+        project: the project in wandb and trackio.
+
+    Raises:
+        TypeError, ValueError: as `check_report_to`.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        report_to: Sequence[Tracker],
+        config: Mapping[str, Any],
+        run_name: str,
+        *,
+        project: str = "fastppo",
+    ) -> None:
+        check_report_to(report_to)
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._sinks: list[_Sink] = []
+        plain = json.loads(json.dumps(_strict(config), default=str))
+        shared = {"project": project, "name": run_name, "config": plain}
+        for tracker in report_to:
+            if tracker == "tensorboard":
+                self._sinks.append(_TensorBoard(run_dir, plain))
+            elif tracker == "wandb":
+                self._sinks.append(_Run("wandb", dir=str(run_dir), **shared))
+            else:
+                self._sinks.append(_Run("trackio", **shared))
+        self._metrics = _open_lines(run_dir / "metrics.jsonl")
+        self._samples = _open_lines(run_dir / "samples.jsonl")
+
+    def log(self, row: Mapping[str, float | int]) -> None:
+        """Write one iteration's row; trackers get its finite values at step `row["iteration"]`.
+
+        Raises:
+            ValueError: no `iteration` in the row.
+            TypeError: a value is not a number.
+        """
+        if "iteration" not in row:
+            raise ValueError(f"row must have the key 'iteration', got the keys {sorted(row)}")
+        clean = {key: _number(key, value) for key, value in row.items()}
+        self._metrics.write(_line(clean))
+        iteration = int(row["iteration"])
+        finite = {k: v for k, v in clean.items() if v is not None and k != "iteration"}
+        for sink in self._sinks:
+            sink.log(finite, iteration)
+
+    def samples(self, iteration: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write sampled texts, one line each, as {"iteration": iteration, **row}.
+
+        `row` holds prompt (text or chat messages), response (text), reward (float or None), and
+        anything else worth keeping; the display and the report also read `truncated` (bool).
+        """
+        for row in rows:
+            self._samples.write(_line({"iteration": int(iteration), **_strict(row)}))
+
+    def close(self) -> None:
+        """Close the files and finish the trackers; a second call does nothing."""
+        if self._metrics.closed:
+            return
+        self._metrics.close()
+        self._samples.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class PhaseTimer:
+    """Wall seconds per phase of an iteration: `with timer("rollout"): ...`.
+
+    A phase opened inside another one suspends it, so that the phases never count a second twice and
+    add up to the iteration. Each phase is also a `torch.profiler.record_function` range of the same
+    name.
+
+    Args:
+        synchronize: wait for the GPU at both ends of each phase, so that kernels are charged to the
+            phase that launched them. Costs a stall per phase; off, a phase is charged with what it
+            waits for.
+    """
+
+    def __init__(self, *, synchronize: bool = False) -> None:
+        import torch
+
+        self._range = torch.profiler.record_function
+        self._sync = torch.cuda.synchronize if synchronize and torch.cuda.is_available() else None
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._start = self._mark = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Charge the seconds spent inside to `phase`, also when the body raises."""
+        self._charge()
+        self._open.append(phase)
+        self._seconds.setdefault(phase, 0.0)
+        try:
+            with self._range(phase):
+                yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    @property
+    def elapsed(self) -> float:
+        """Wall seconds since the last `take` (or since construction), phases or not."""
+        return time.perf_counter() - self._start
+
+    def take(self) -> dict[str, float]:
+        """Return {"seconds_<phase>": seconds} since the last call, and start anew.
+
+        Raises:
+            RuntimeError: a phase is still open.
+        """
+        if self._open:
+            raise RuntimeError(
+                f"take() called inside the phase {self._open[-1]!r}; call it after the phase ends"
+            )
+        seconds = {f"seconds_{phase}": value for phase, value in self._seconds.items()}
+        self._seconds = {}
+        self._start = self._mark = time.perf_counter()
+        return seconds
+
+    def _charge(self) -> None:
+        if self._sync is not None:
+            self._sync()
+        now = time.perf_counter()
+        if self._open:
+            self._seconds[self._open[-1]] += now - self._mark
+        self._mark = now
+
+
+def _open_lines(path: Path) -> IO[str]:
+    """Open for appending, line-buffered, after dropping a last line without its newline."""
+    if path.exists():
+        with path.open("rb+") as file:
+            data = file.read()
+            file.truncate(data.rfind(b"\n") + 1)
+    # A lone surrogate cannot be encoded; backslashreplace writes \udXXX, which is JSON's own escape
+    # for it.
+    return path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n", buffering=1)
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def _number(key: str, value: Any) -> float | int | None:
+    """A row's value as int, finite float, or None for NaN and infinity."""
+    if isinstance(value, numbers.Integral):  # bool and numpy integers too
+        return int(value)
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"row[{key!r}] must be a number, got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"row[{key!r}] must be a number, got {type(value).__name__}") from error
+    return number if math.isfinite(number) else None
+
+
+def _strict(value: Any) -> Any:
+    """The same value in JSON's own types, with None for NaN and infinity; unknown objects become
+    text.
+    """
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        number = float(value)
+        return number if math.isfinite(number) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return str(value)

@@ -1,0 +1,175 @@
+"""`report.html`: a run's curves, times, samples and configuration on one self-contained page.
+
+A pure function of the run directory's files: metrics.jsonl, and where present samples.jsonl,
+config.json and summary.json. No resource is loaded from anywhere (the page's own policy forbids
+it). Curves are inline SVG stretched to the page's width, with their labels beside them in HTML, so
+that text keeps its size from a telephone to a wide screen. Long runs are drawn through the extremes
+of short stretches, which keeps the page small and hides no spike. The page's markup, style and
+script are in page.html.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fastppo.reporting.curves import Curves, multiples_section, reward_section, smoothed
+from fastppo.reporting.formatting import finite
+from fastppo.reporting.markup import text
+from fastppo.reporting.sections import (
+    configuration_section,
+    figures,
+    phases_section,
+    samples_section,
+)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write run_dir/report.html from the run's files, replacing an older one, and return its path.
+
+    Raises:
+        FileNotFoundError: run_dir has no metrics.jsonl.
+        ValueError: a line of metrics.jsonl or samples.jsonl other than an unfinished last one is
+            not JSON.
+    """
+    run_dir = Path(run_dir)
+    rows = _metrics(run_dir)
+    config, summary = _optional(run_dir / "config.json"), _optional(run_dir / "summary.json")
+    name = str(summary.get("run_name") or run_dir.resolve().name)
+    model = Path(str(config.get("model") or summary.get("model_name") or "")).name or name
+    evals = _evaluations(rows, summary)
+    curves = Curves([int(row["iteration"]) for row in rows] + [x for x, _ in evals])
+    about = [f"run {name}", summary.get("hardware")]
+    parts = {
+        "title": text(f"{model} · {name}"),
+        "heading": text(model),
+        "about": text(" · ".join(str(part) for part in about if part)),
+        "figures": figures(rows, summary),
+        "reward": reward_section(rows, evals, curves),
+        "multiples": multiples_section(rows, curves),
+        "phases": phases_section(rows),
+        "samples": _samples(run_dir / "samples.jsonl"),
+        "config": configuration_section(config),
+        "data": curves.data(evals),
+    }
+    page = files("fastppo.reporting").joinpath("page.html").read_text(encoding="utf-8")
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page)
+    path, unfinished = run_dir / "report.html", run_dir / "report.html.part"
+    unfinished.write_bytes(page.encode("utf-8", "backslashreplace"))
+    unfinished.replace(path)
+    return path
+
+
+def write_curve_png(run_dir: str | Path) -> Path:
+    """Draw the reward curve with matplotlib as run_dir/reward.png and return its path.
+
+    Raises:
+        FileNotFoundError, ValueError: as `write_report`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    run_dir = Path(run_dir)
+    rows = _metrics(run_dir)
+    evals = _evaluations(rows, _optional(run_dir / "summary.json"))
+    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    x = [row["iteration"] for row in rows]
+    rewards = [row.get("reward") for row in rows]
+    y = [math.nan if value is None else value for value in rewards]
+    smooth = smoothed(rewards)[0]
+    axes.plot(
+        x,
+        y,
+        color="#2a5db0",
+        alpha=0.35 if smooth else 1.0,
+        linewidth=1,
+        marker="." if len(x) < 2 else "",
+    )
+    if smooth:
+        axes.plot(
+            x,
+            [math.nan if v is None else v for v in smooth],
+            color="#2a5db0",
+            linewidth=1.8,
+            label="sampled",
+        )
+    if evals:
+        axes.plot(
+            *zip(*evals, strict=True), "o", color="#c4561a", markersize=5, label="held out, greedy"
+        )
+        axes.legend(frameon=False)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("reward")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#eeebe5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    path = run_dir / "reward.png"
+    figure.savefig(path)
+    return path
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON-lines file, in order; a last line that is cut off is left out.
+
+    Raises:
+        ValueError: another line is not a JSON object.
+    """
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}: line {number} must be a JSON object, got {line[:80]!r}"
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number} must be a JSON object, got {line[:80]!r}")
+            yield row
+
+
+def _metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Metrics rows by iteration; of rows with the same iteration (a resumed run) the last
+    counts.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; run_dir must be the folder of a fastppo run")
+    rows = {int(row["iteration"]): row for row in read_lines(path) if "iteration" in row}
+    return [rows[iteration] for iteration in sorted(rows)]
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _evaluations(
+    rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> list[tuple[int, float]]:
+    """(iteration, greedy held-out reward); the one before training is at the iteration before the
+    first.
+    """
+    found = {int(r["iteration"]): r["eval_reward"] for r in rows if finite([r.get("eval_reward")])}
+    if rows:
+        ends = (
+            (int(rows[0]["iteration"]) - 1, "eval_before"),
+            (int(rows[-1]["iteration"]), "eval_after"),
+        )
+        for iteration, key in ends:
+            value = (summary.get(key) or {}).get("reward")
+            if finite([value]):
+                found.setdefault(iteration, value)
+    return sorted(found.items())
+
+
+def _samples(path: Path) -> str:
+    return samples_section(lambda: read_lines(path)) if path.exists() else ""
