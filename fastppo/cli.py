@@ -65,7 +65,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"--config: expected a TOML file, got {str(path)!r}, which does not exist") from None
+        raise ValueError(
+            f"--config: expected a TOML file, got {str(path)!r}, which does not exist"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
     known = [field.name for field in dataclasses.fields(TrainConfig)]

@@ -51,7 +51,7 @@ class PPOConfig:
     temperature: float = 1.0
     """Sampling temperature, also applied to every log-probability in training."""
     top_p: float = 1.0
-    """Nucleus sampling; anything but 1 changes the sampling distribution and needs `is_correction`."""
+    """Nucleus sampling; below 1 the sampling distribution changes and needs `is_correction`."""
     top_k: int = 0
     """Sample among the k most likely tokens; 0 is off, anything else needs `is_correction`."""
     min_p: float = 0.0
@@ -75,7 +75,7 @@ class PPOConfig:
     gae_lambda: float = 0.95
     """GAE's λ for the policy (https://arxiv.org/abs/1506.02438)."""
     critic_lambda: float | None = None
-    """λ of the critic's returns; unset: `gae_lambda` (decoupled λ: https://arxiv.org/abs/2503.01491)."""
+    """λ of the critic's returns (https://arxiv.org/abs/2503.01491); unset: `gae_lambda`."""
     norm_adv: bool = True
     """Whiten GAE advantages over the whole rollout batch."""
     whiten_rewards: bool = False
@@ -84,7 +84,7 @@ class PPOConfig:
     # KL to the reference policy
 
     reference: Literal["auto", "copy", "adapter", "none"] = "auto"
-    """auto: none where nothing needs it, the LoRA base where there is an adapter, else a frozen copy."""
+    """auto: none without a KL, the LoRA base where there is an adapter, else a frozen copy."""
     kl_coef: float = 0.05
     """Weight of the KL to the reference policy; 0 is off."""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -109,7 +109,7 @@ class PPOConfig:
     ratio_level: Literal["token", "sequence"] = "token"
     """Importance ratio per token (PPO) or per sequence (GSPO, https://arxiv.org/abs/2507.18071)."""
     is_correction: Literal["none", "tis", "icepop"] = "none"
-    """Correct for the sampler's distribution: truncate (tis) or drop (icepop) importance weights."""
+    """Correct for the sampler's distribution: cap (tis) or drop (icepop) importance weights."""
     is_cap: float = 2.0
     """tis truncates importance weights at this."""
     is_low: float = 0.5
@@ -124,7 +124,7 @@ class PPOConfig:
     # Critic
 
     critic: Critic | None = None
-    """A value head on the shared trunk, a separate model, or none. Unset: shared for gae, else none."""
+    """A value head on the shared trunk, or a separate model. Unset: shared for gae, else none."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
     clip_vloss: float = 0.0
@@ -299,8 +299,8 @@ class PPOConfig:
 
         if self.advantage in _GROUPED and self.n_samples == 1:
             refuse(
-                f"n_samples = 1 with advantage = {self.advantage!r}: a group of one has no baseline "
-                "and every advantage would be 0. Set n_samples ≥ 2, or advantage = 'gae'"
+                f"n_samples = 1 with advantage = {self.advantage!r}: a group of one has no "
+                "baseline and every advantage would be 0. Set n_samples ≥ 2, or advantage = 'gae'"
             )
         if self.advantage == "gae" and self.critic == "none":
             refuse("critic = 'none' with advantage = 'gae': GAE needs values. Use 'shared'")
@@ -308,13 +308,13 @@ class PPOConfig:
             refuse("vf_coef = 0 with advantage = 'gae': the critic would never learn")
         if self.advantage != "gae" and self.critic in ("shared", "separate"):
             refuse(
-                f"critic = {self.critic!r} with advantage = {self.advantage!r} would train a critic "
-                "that nothing reads. Remove critic, or set advantage = 'gae'"
+                f"critic = {self.critic!r} with advantage = {self.advantage!r} would train a "
+                "critic that nothing reads. Remove critic, or set advantage = 'gae'"
             )
         if self.kl_coef > 0 and self.reference == "none":
             refuse(
-                f"kl_coef = {self.kl_coef} with reference = 'none': there is nothing to measure the "
-                "KL against. Set kl_coef = 0, or reference = 'copy'"
+                f"kl_coef = {self.kl_coef} with reference = 'none': there is nothing to measure "
+                "the KL against. Set kl_coef = 0, or reference = 'copy'"
             )
         if self.kl_in == "loss" and self.kl_coef > 0 and self.kl_estimator == "k1":
             refuse(
@@ -330,19 +330,20 @@ class PPOConfig:
         on = [f"{name} = {getattr(self, name)}" for name, active in filters.items() if active]
         if on and self.is_correction == "none":
             refuse(
-                f"{', '.join(on)}: the sampler's distribution is then renormalised over fewer tokens "
-                "than the trainer's, which biases every importance ratio. Turn it off, or set "
-                "is_correction = 'tis'"
+                f"{', '.join(on)}: the sampler's distribution is then renormalised over fewer "
+                "tokens than the trainer's, which biases every importance ratio. Turn it off, or "
+                "set is_correction = 'tis'"
             )
         if self.num_minibatches > self.num_sequences:
             refuse(
                 f"num_minibatches = {self.num_minibatches}: expected at most the "
-                f"{self.num_sequences} sequences of an iteration (prompts_per_iteration × n_samples)"
+                f"{self.num_sequences} sequences of an iteration "
+                "(prompts_per_iteration × n_samples)"
             )
         if self.critic_warmup >= self.num_iterations and self.critic_warmup > 0:
             refuse(
-                f"critic_warmup = {self.critic_warmup} with num_iterations = {self.num_iterations}: "
-                "the policy would never be trained"
+                f"critic_warmup = {self.critic_warmup} with num_iterations = "
+                f"{self.num_iterations}: the policy would never be trained"
             )
         if self.warmup_iterations >= self.num_iterations and self.warmup_iterations > 0:
             refuse(
@@ -364,7 +365,7 @@ class TrainConfig(PPOConfig):
     model: str = ""
     """Folder, GGUF file or hub name of a causal language model, or smollm2-135m-instruct."""
     dataset: str = ""
-    """Prompts: .jsonl, .csv, .parquet or a datasets folder (folder#split), with a `prompt` column."""
+    """Prompts with a `prompt` column: .jsonl, .csv, .parquet, or a datasets folder#split."""
     eval_dataset: str = ""
     """Held-out prompts for the greedy evaluation before and after training."""
     reward: tuple[str, ...] = ()
@@ -377,7 +378,7 @@ class TrainConfig(PPOConfig):
     """Model the separate critic starts from, for example the reward model; empty: the policy."""
     lora_rank: int = 0
     """Train a LoRA adapter of this rank on every linear layer instead of the weights; 0 is off."""
-    lora_alpha: float = 32.0
+    lora_alpha: int = 32
     """LoRA's scale: the update is multiplied by lora_alpha / lora_rank."""
 
     def __post_init__(self) -> None:
@@ -397,7 +398,7 @@ class TrainConfig(PPOConfig):
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank: expected an integer ≥ 0, got {self.lora_rank}")
         if self.lora_rank and self.train_layers:
-            raise ValueError("lora_rank and train_layers: LoRA freezes every layer. Set one of them")
+            raise ValueError("lora_rank and train_layers: LoRA freezes every layer. Set only one")
         if self.reference == "adapter" and not self.lora_rank:
             raise ValueError("reference = 'adapter': there is no adapter. Set lora_rank")
         if self.ref_model and self.reference not in ("auto",):

@@ -23,8 +23,8 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:
     """The compute precision; "auto" is bf16 where matrix products in bf16 are faster than fp32."""
-    if name == "fp32" or name == "bf16":
-        return name
+    if name != "auto":
+        return "bf16" if name == "bf16" else "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"

@@ -64,30 +64,26 @@ def load_model(name: str) -> Any:
     """A causal language model with its stored dtype. GGUF files are converted once and cached."""
     from transformers import AutoModelForCausalLM
 
-    source = find_model(name)
-    if source.gguf_file is not None:
-        source = _converted(source)
-    return source.load(AutoModelForCausalLM, dtype="auto")
+    return _unquantised(name).load(AutoModelForCausalLM, dtype="auto")
 
 
 def load_tokenizer(name: str) -> Any:
     """The model's tokenizer."""
     from transformers import AutoTokenizer
 
-    source = find_model(name)
-    if source.gguf_file is not None:
-        source = _converted(source)
-    return source.load(AutoTokenizer)
+    return _unquantised(name).load(AutoTokenizer)
 
 
 def load_config(name: str) -> Any:
     """The model's transformers configuration; no weights are read."""
     from transformers import AutoConfig
 
+    return _unquantised(name).load(AutoConfig)
+
+
+def _unquantised(name: str) -> ModelSource:
     source = find_model(name)
-    if source.gguf_file is not None:
-        source = _converted(source)
-    return source.load(AutoConfig)
+    return source if source.gguf_file is None else _converted(source)
 
 
 def _packaged(name: str) -> ModelSource:

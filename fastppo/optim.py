@@ -13,25 +13,22 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastppo.config import PPOConfig
 
-def make_adamw(
-    parameters: Iterable[nn.Parameter],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> torch.optim.AdamW:
+
+def make_adamw(parameters: Iterable[nn.Parameter], config: PPOConfig) -> torch.optim.AdamW:
     """Fused AdamW with weight decay on matrices only; norms, biases and value heads have none."""
     params = list(parameters)
     decayed = [p for p in params if p.ndim >= 2 and p.shape[0] > 1]
     plain = [p for p in params if not (p.ndim >= 2 and p.shape[0] > 1)]
     groups = [
         {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, weight_decay), (plain, 0.0))
+        for group, decay in ((decayed, config.weight_decay), (plain, 0.0))
         if group
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_eps, fused=True
+    )
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> tuple[Tensor, Tensor]:

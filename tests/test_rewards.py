@@ -28,8 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastppo.rewards.model import RewardModel, _batches
 from fastppo.rewards import RewardError, Rewards, load_reward_func, resolve_reward
+from fastppo.rewards.model import RewardModel, _batches
 
 PROMPTS = ["a", "b", "c", "d", "e"]
 TEXTS = ["1", "22", "333", "4444", "55555"]

@@ -1,0 +1,282 @@
+"""PPO update, packed (fastppo) against padded (transformers + log_softmax), on the same rollouts.
+
+    python bench/bench_step.py [--model MODEL] [--sequences 32] [--repeats 5]
+
+Prompts of 8–64 and responses of 4–64 tokens, uniformly mixed. The padded form is how PPO trainers
+on transformers lay a batch out: prompts padded on the left, responses on the right, one forward
+over the rectangle, logits of the response columns, log_softmax, gather, losses, backward, AdamW.
+It comes twice: with the head on every column (TRL's PPOTrainer), and on response columns only.
+
+Before anything is timed, loss and gradients of all forms are compared in fp32. Timed forms take
+turns (A B C A B C …); the figures are medians, and tokens are real tokens: pads count for nobody.
+The other phases of a fastppo iteration (rollout, scoring, packing, evaluation) are timed apart.
+The last line is the result as JSON.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import tyro
+from torch import Tensor
+
+from fastppo import PackedBatch, PPOConfig, PPOStep, __version__
+from fastppo.device import describe
+from fastppo.models import load_model
+from fastppo.optim import clipped_step, make_adamw
+from fastppo.rewards import Rewards
+from fastppo.rollout import Sampling
+from fastppo.rollout.transformers import TransformersEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured."""
+
+    model: str = "smollm2-135m-instruct"
+    """Model of policy and critic (a value head on the shared trunk)."""
+    sequences: int = 32
+    """Sequences of the update, in one optimiser step."""
+    rows: int = 8
+    """Sequences in one padded forward pass; fastppo gets as many real tokens on average."""
+    repeats: int = 5
+    """Timed rounds; the first round is a warm-up besides."""
+    precision: str = "auto"
+    """bf16, fp32 or auto, the same for every form."""
+    seed: int = 0
+    """Of lengths, tokens and advantages."""
+
+
+class PaddedStep:
+    """The same update on padded tensors, written against transformers and torch only."""
+
+    def __init__(self, model: Any, config: PPOConfig, device: torch.device, bf16: bool) -> None:
+        self.model, self.config, self.device, self.bf16 = model.to(device), config, device, bf16
+        width = model.config.hidden_size
+        self.value_head = torch.nn.Linear(width, 1, device=device)
+        torch.nn.init.zeros_(self.value_head.weight)
+        torch.nn.init.zeros_(self.value_head.bias)
+        self.actor = make_adamw(model.parameters(), config)
+        self.critic = make_adamw(self.value_head.parameters(), config)
+
+    def layout(self, batch: PackedBatch) -> dict[str, Tensor]:
+        """Pad once, outside the timer: (B, context + response) ids, the rest (B, response)."""
+        prompts, responses = [], []
+        starts, lengths = batch.cu_seqlens_host, batch.response_lengths
+        ids = batch.input_ids.cpu().numpy()
+        context = max(int(e - s - n) for s, e, n in zip(starts, starts[1:], lengths, strict=False))
+        for start, end, n in zip(starts, starts[1:], lengths, strict=False):
+            prompts.append(ids[start : end - n])
+            responses.append(ids[end - n : end])
+        wide = max(map(len, responses))
+        size = len(prompts)
+        tokens = np.zeros((size, context + wide), dtype=np.int64)
+        mask = np.zeros((size, context + wide), dtype=np.int64)
+        for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+            tokens[i, context - len(p) : context + len(r)] = np.concatenate([p, r])
+            mask[i, context - len(p) : context + len(r)] = 1
+        out = {"ids": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
+        for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
+            padded = torch.zeros(size, wide)
+            for i, row in enumerate(batch.unpack(getattr(batch, name))):
+                padded[i, : len(row)] = torch.from_numpy(np.asarray(row))
+            out[name] = padded
+        return {name: value.to(self.device) for name, value in out.items()} | {
+            "context": torch.tensor(context)
+        }
+
+    def gradients(self, data: dict[str, Tensor], rows: int, response_only: bool) -> Tensor:
+        """Accumulate the gradient over slices of `rows` sequences; returns the loss."""
+        c, context = self.config, int(data["context"])
+        count = data["mask"][:, context:].sum()
+        total = torch.zeros((), device=self.device)
+        for first in range(0, len(data["ids"]), rows):
+            part = {k: v[first : first + rows] for k, v in data.items() if k != "context"}
+            ids, mask = part["ids"], part["mask"]
+            wide = ids.shape[1] - context
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                hidden = self.model.base_model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                    use_cache=False,
+                ).last_hidden_state
+                if response_only:
+                    hidden = hidden[:, context - 1 : -1]
+                    logits = self.model.lm_head(hidden)
+                else:
+                    logits = self.model.lm_head(hidden)[:, context - 1 : -1]
+                    hidden = hidden[:, context - 1 : -1]
+            logprobs = torch.log_softmax(logits.float() / c.temperature, dim=-1)
+            lp = logprobs.gather(2, ids[:, context:, None])[..., 0]
+            values = self.value_head(hidden.float())[..., 0]
+            weight = mask[:, context:] / count
+            ratio = (lp - part["old_logprobs"]).exp()
+            a = part["advantages"]
+            pg = torch.maximum(-a * ratio, -a * ratio.clamp(1 - c.clip_coef, 1 + c.clip_coef))
+            vl = 0.5 * (values - part["returns"]).square()
+            loss = (weight * pg).sum() + c.vf_coef * (weight * vl).sum()
+            loss.backward()
+            total = total + loss.detach()
+            assert logits.shape[1] == wide
+        return total
+
+    def update(self, data: dict[str, Tensor], rows: int, response_only: bool) -> None:
+        self.gradients(data, rows, response_only)
+        clipped_step(self.actor, self.config.max_grad_norm)
+        clipped_step(self.critic, self.config.max_grad_norm)
+
+
+def make_batch(options: Options, vocab: int) -> PackedBatch:
+    """Random tokens of mixed lengths: prompts 8–64, responses 4–64."""
+    rng = np.random.default_rng(options.seed)
+    prompts = [rng.integers(3, vocab, n) for n in rng.integers(8, 65, options.sequences)]
+    responses = [rng.integers(3, vocab, n) for n in rng.integers(4, 65, options.sequences)]
+    return PackedBatch.pack(prompts, responses, truncated=np.ones(options.sequences, dtype=bool))
+
+
+def check_equal(options: Options, config: PPOConfig, device: torch.device) -> dict[str, float]:
+    """Gradients of both padded forms against fastppo's, in fp32; exits where they differ."""
+    model = load_model(options.model).float()
+    step = PPOStep(copy.deepcopy(model), config)
+    padded = PaddedStep(copy.deepcopy(model), config, device, bf16=False)
+    small = Options(model=options.model, sequences=6, seed=options.seed)
+    batch = prepared(step, make_batch(small, model.config.vocab_size), options.seed)
+    step.accumulate_gradients(batch)
+    mine = {n: p.grad for n, p in step.policy.model.named_parameters() if p.grad is not None}
+    worst = {}
+    for response_only in (False, True):
+        padded.model.zero_grad()
+        padded.gradients(padded.layout(batch), 3, response_only)
+        gaps = []
+        for name, parameter in padded.model.named_parameters():
+            scale = parameter.grad.abs().max().clamp(min=1e-12)
+            gaps.append(float((mine[name] - parameter.grad).abs().max() / scale))
+        worst["response columns" if response_only else "all columns"] = max(gaps)
+        if max(gaps) > 1e-3:
+            raise SystemExit(f"gradients differ by {max(gaps):.2g} of their size: nothing is timed")
+    return worst
+
+
+def prepared(step: PPOStep, batch: PackedBatch, seed: int) -> PackedBatch:
+    """Evaluate, then advantages from random scores."""
+    scores = np.random.default_rng(seed).random(batch.num_sequences)
+    return step.advantages(step.evaluate(batch), scores)
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def phases(step: PPOStep, options: Options, batch: PackedBatch) -> dict[str, float]:
+    """Seconds of the parts of an iteration around the update, once warm."""
+    prompts = [
+        batch.input_ids.cpu().numpy()[s : e - n]
+        for s, e, n in zip(
+            batch.cu_seqlens_host, batch.cu_seqlens_host[1:], batch.response_lengths, strict=False
+        )
+    ]
+    sampling = Sampling(
+        temperature=1.0, max_new_tokens=32, eos_token_ids=(2,), pad_token_id=2, seed=options.seed
+    )
+    engine = TransformersEngine(step.policy)
+    rewards = Rewards([lambda completions, **_: [float(len(c)) for c in completions]])
+    texts = [" ".join(map(str, r)) for r in batch.unpack(batch.targets)]
+    responses = batch.unpack(batch.targets)
+    names = ["x"] * len(texts)
+    found = {}
+    for name, work in {
+        "rollout (32 tokens)": lambda: engine.generate(prompts, sampling),
+        "scoring": lambda: rewards(names, texts, {}, responses),
+        "packing": lambda: PackedBatch.pack(prompts, responses),
+        "evaluate (old, ref, values)": lambda: step.evaluate(batch),
+        "advantages": lambda: step.advantages(batch, [0.5] * batch.num_sequences),
+    }.items():
+        work()
+        found[name] = statistics.median(timed(work, step.device) for _ in range(3))
+    return found
+
+
+def main(options: Options) -> None:
+    """Check, measure, print."""
+    config = PPOConfig(
+        precision=options.precision,  # type: ignore[arg-type]  # checked by PPOConfig's users
+        num_minibatches=1,
+        learning_rate=1e-6,
+        kl_coef=0.05,
+        lr_schedule="constant",
+        token_budget=max(640, options.rows * 70),
+    )
+    from dataclasses import replace
+
+    step = PPOStep(load_model(options.model).float(), config)
+    device = step.device
+    worst = check_equal(options, replace(config, precision="fp32"), device)
+    print(f"{describe(device)}, {step.precision}, torch {torch.__version__}")
+    for name, gap in worst.items():
+        print(f"gradients equal in fp32 ({name}): largest difference {gap:.1e} of the largest")
+    padded = PaddedStep(load_model(options.model).float(), config, device, step.precision == "bf16")
+    batch = prepared(step, make_batch(options, step.policy.model.config.vocab_size), options.seed)
+    data = padded.layout(batch)
+    forms = {
+        "fastppo, packed": lambda: step.update(batch),
+        "padded, head on all columns": lambda: padded.update(data, options.rows, False),
+        "padded, head on response columns": lambda: padded.update(data, options.rows, True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for round_ in range(options.repeats + 1):
+        for name, work in forms.items():
+            took = timed(work, device)
+            if round_:
+                seconds[name].append(took)
+    tokens = batch.num_tokens
+    share = tokens / data["ids"].numel()
+    print(f"{batch.num_sequences} sequences, {tokens} tokens, {batch.num_responses} responses;")
+    print(f"{share:.0%} of the padded rectangle is real\n")
+    print(f"{'update':34} {'seconds':>8} {'tokens/s':>9} {'times':>6}")
+    base = statistics.median(seconds["fastppo, packed"])
+    for name, samples in seconds.items():
+        took = statistics.median(samples)
+        print(f"{name:34} {took:8.2f} {tokens / took:9.0f} {took / base:6.2f}")
+    around = phases(step, options, batch)
+    print("\nother phases (fastppo)")
+    for name, took in around.items():
+        print(f"{name:34} {took:8.3f}")
+    result = {
+        "bench": "step",
+        "fastppo": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "hardware": describe(device),
+        "precision": step.precision,
+        "model": options.model,
+        "tokens": tokens,
+        "responses": batch.num_responses,
+        "real_share": share,
+        "seconds": seconds,
+        "phases": around,
+        "gradient_gap": worst,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

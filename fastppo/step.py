@@ -1,0 +1,313 @@
+"""PPOStep: the PPO update as one object that any training loop can call.
+
+    batch = PackedBatch.pack(prompts, responses, truncated=truncated)
+    batch = step.evaluate(batch)              # old and reference log-probabilities, values
+    batch = step.advantages(batch, scores)    # KL, rewards, GAE
+    metrics = step.update(batch)              # epochs × minibatches × micro-batches
+
+Shapes: B sequences, T packed tokens, N response tokens, H hidden size (see packing.PackedBatch).
+Nothing in the minibatch loop reads a value back from the device: metrics are read once per update,
+and once per epoch where `target_kl` is set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from fastppo import ops, update_metrics
+from fastppo.advantages import add_advantages, num_valid_sequences
+from fastppo.config import PPOConfig
+from fastppo.device import resolve_device, resolve_precision
+from fastppo.optim import clipped_step, make_adamw
+from fastppo.packing import PackedBatch
+from fastppo.policy import Policy
+from fastppo.seeding import generator
+from fastppo.update_metrics import StepStats
+
+
+class NonFiniteError(RuntimeError):
+    """Too many optimiser steps in a row had a non-finite gradient."""
+
+
+class PPOStep:
+    """Evaluate, advantages and update of PPO for one policy.
+
+    Args:
+        model: a transformers causal language model, plain or with a PEFT adapter. It is trained
+            in place.
+        config: the algorithm; the fields about rollouts, data and outputs are not used here.
+        ref_model: the reference policy; by default the choice of `config.reference`.
+        value_model: the model that a separate critic starts from.
+
+    Raises:
+        ValueError: a model that the packed forward does not support, by name.
+    """
+
+    def __init__(
+        self, model: Any, config: PPOConfig, *, ref_model: Any = None, value_model: Any = None
+    ) -> None:
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        self.policy = Policy(
+            model,
+            critic=config.critic_kind,
+            value_model=value_model,
+            reference=_reference(config, model, ref_model),
+            ref_model=ref_model,
+            train_layers=config.train_layers,
+            precision=self.precision,
+            gradient_checkpointing=config.gradient_checkpointing,
+        ).to(self.device)
+        self.actor_optimizer = make_adamw(self.policy.actor_parameters(), config)
+        critic = self.policy.critic_parameters()
+        self.critic_optimizer = make_adamw(critic, config) if critic else None
+        self.iteration = 0
+        """Updates done so far; schedules and minibatch orders follow it."""
+        self.kl_coef = config.kl_coef
+        """The KL weight in force; it moves where `kl_target` is set."""
+        self.nonfinite_in_a_row = 0
+
+    # Evaluate
+
+    def evaluate(self, batch: PackedBatch) -> PackedBatch:
+        """Fill in old and reference log-probabilities, values and bootstrap values.
+
+        Returns:
+            The batch on the policy's device with `old_logprobs` (N,) at the sampling temperature,
+            `ref_logprobs` (N,) where there is a reference, `values` (N,) and `bootstrap` (B,)
+            where there is a critic; all fp32.
+        """
+        batch = batch.to(self.device)
+        bins = batch.bins(self.config.token_budget)
+        order = np.concatenate([np.asarray(b, dtype=np.int64) for b in bins])
+        with torch.no_grad(), self.policy.autocast():
+            parts = [self._evaluate_bin(batch.select(b)) for b in bins]
+        fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return batch.select(order).replace(**fields).select(np.argsort(order))
+
+    def _evaluate_bin(self, batch: PackedBatch) -> dict[str, Tensor]:
+        policy, temperature = self.policy, self.config.temperature
+        with record_function("fastppo::old_logprobs"):
+            hidden = policy.trunk(batch)  # (T, H)
+            weight, bias = policy.head.weight, policy.head.bias
+            rows = hidden[batch.rows]  # (N, H)
+            scored = ops.linear_logprobs(
+                rows, weight, batch.targets, bias=bias, temperature=temperature
+            )
+            fields = {"old_logprobs": scored.logprobs}
+        with record_function("fastppo::ref"):
+            ref = policy.ref_logprobs(batch, temperature)
+            if ref is not None:
+                fields["ref_logprobs"] = ref
+        if policy.has_critic:
+            with record_function("fastppo::values"):
+                hidden = policy.critic_trunk(batch, hidden)
+                fields["values"] = policy.values(hidden[batch.rows])
+                after = policy.values(hidden[batch.last_rows])
+                fields["bootstrap"] = torch.where(batch.truncated, after, 0.0)
+        return fields
+
+    # Advantages
+
+    def advantages(
+        self,
+        batch: PackedBatch,
+        scores: Tensor | np.ndarray | Sequence[float],
+        group_ids: Tensor | np.ndarray | Sequence[int] | None = None,
+    ) -> PackedBatch:
+        """Turn one score per response into rewards, advantages and returns.
+
+        Args:
+            batch: an evaluated batch.
+            scores: (B,) rewards of whole responses; NaN drops that response from the loss.
+            group_ids: (B,) which responses share a prompt; needed by the group baselines.
+
+        Returns:
+            The batch with `rewards`, `advantages`, `returns` (N,) fp32 and `loss_mask` (N,) bool.
+
+        Raises:
+            ValueError: scores or group ids of the wrong length, or no group ids where needed.
+        """
+        _need(batch, "old_logprobs", "step.evaluate")
+        with record_function("fastppo::advantages"):
+            return add_advantages(batch, scores, group_ids, self.config, self.kl_coef)
+
+    # Update
+
+    def update(self, batch: PackedBatch) -> dict[str, float]:
+        """Train on one rollout batch: epochs × minibatches, each minibatch one optimiser step.
+
+        Args:
+            batch: a batch that went through `evaluate` and `advantages`.
+
+        Returns:
+            CleanRL's metrics, see `update_metrics.read`, and the schedules in force.
+
+        Raises:
+            NonFiniteError: `max_nonfinite_steps` steps in a row had a non-finite gradient.
+        """
+        config = self.config
+        _need(batch, "advantages", "step.advantages")
+        train_actor = self.iteration >= config.critic_warmup
+        factor = config.lr_factor(self.iteration)
+        _set_lr(self.actor_optimizer, config.learning_rate * factor)
+        if self.critic_optimizer is not None:
+            critic_lr = config.critic_learning_rate or config.learning_rate
+            _set_lr(self.critic_optimizer, critic_lr * factor)
+        steps: list[StepStats] = []
+        epoch = 0
+        while epoch < config.update_epochs:
+            minibatches = self._minibatches(batch, epoch)
+            steps += [self._train_minibatch(minibatch, train_actor) for minibatch in minibatches]
+            epoch += 1
+            if config.target_kl is not None and epoch < config.update_epochs:
+                latest = [step.policy for step in steps[-len(minibatches) :]]
+                if float(ops.reduce_ppo_metrics(latest)["approx_kl"]) > config.target_kl:
+                    break
+        has_critic = self.critic_optimizer is not None
+        metrics, skipped = update_metrics.read(batch, steps, has_critic=has_critic)
+        self._count_nonfinite(skipped)
+        metrics |= {
+            "update_epochs": float(epoch),
+            "learning_rate": config.learning_rate * factor,
+            "kl_coef": self.kl_coef,
+        }
+        self._adapt_kl(metrics["kl_sequence"], batch.num_sequences)
+        self.iteration += 1
+        return metrics
+
+    def _minibatches(self, batch: PackedBatch, epoch: int) -> list[PackedBatch]:
+        """A fresh permutation in every epoch, cut into `num_minibatches` parts of whole sequences.
+
+        One minibatch needs no permutation: its gradient does not depend on the order, and the
+        bins of `evaluate` are then repeated exactly, so that the first ratio is exactly 1.
+        """
+        size, parts = batch.num_sequences, self.config.num_minibatches
+        if parts == 1:
+            return [batch]
+        rng = generator(self.config.seed, self.iteration, f"minibatches/{epoch}")
+        order = torch.randperm(size, generator=rng).numpy()
+        return [batch.select(part) for part in np.array_split(order, min(parts, size))]
+
+    def _train_minibatch(self, batch: PackedBatch, train_actor: bool) -> StepStats:
+        """One optimiser step."""
+        policy, value_loss = self.accumulate_gradients(batch, train_actor=train_actor)
+        with record_function("fastppo::optimiser"):
+            limit = self.config.max_grad_norm
+            zero = torch.zeros((), device=self.device)
+            actor = clipped_step(self.actor_optimizer, limit) if train_actor else (zero, zero)
+            critic = (zero, zero)
+            if self.critic_optimizer is not None:
+                critic = clipped_step(self.critic_optimizer, limit)
+        skipped = torch.maximum(actor[1], critic[1])
+        return StepStats(policy, value_loss, actor[0], critic[0], skipped)
+
+    def accumulate_gradients(
+        self, batch: PackedBatch, *, train_actor: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradient of one minibatch, in micro-batches of `token_budget` tokens.
+
+        The normaliser is the whole minibatch's, so the gradient does not depend on how it is split.
+
+        Returns:
+            The metric vector of `ops.PPO_METRIC_NAMES` (M,) and the value loss (), both fp32.
+        """
+        aggregation = self.config.loss_aggregation
+        mask = _need(batch, "loss_mask", "step.advantages")
+        total: Tensor | float = mask.sum()
+        if aggregation.startswith("seq-mean"):
+            total = num_valid_sequences(batch)
+        elif aggregation == "constant":
+            total = batch.num_sequences * self.config.max_response_length
+        weights = ops.loss_weights(batch.cu_responses, mask, aggregation=aggregation, total=total)
+        batch = batch.replace(weights=weights)
+        bins = batch.bins(self.config.token_budget)
+        parts = [self._backward(batch.select(b), train_actor) for b in bins]
+        policy = ops.combine_ppo_metrics([part[0] for part in parts])
+        return policy, torch.stack([part[1] for part in parts]).sum()
+
+    def _backward(self, batch: PackedBatch, train_actor: bool) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch whose weights are already normalised."""
+        config, policy = self.config, self.policy
+        weights = _need(batch, "weights", "ops.loss_weights")
+        with policy.autocast():
+            with torch.set_grad_enabled(train_actor):
+                hidden = policy.trunk(batch)  # (T, H)
+                actor = ops.linear_ppo_loss(
+                    hidden[batch.rows],
+                    policy.head.weight,
+                    batch.targets,
+                    _need(batch, "old_logprobs", "step.evaluate"),
+                    _need(batch, "advantages", "step.advantages"),
+                    weights,
+                    replace(config.loss, kl_coef=self.kl_coef if config.kl_in == "loss" else 0.0),
+                    ref_logprobs=batch.ref_logprobs,
+                    rollout_logprobs=batch.rollout_logprobs,
+                    bias=policy.head.bias,
+                    temperature=config.temperature,
+                    cu_seqlens=batch.cu_responses,
+                )
+            loss = actor.loss
+            value_loss = torch.zeros((), device=batch.device)
+            if policy.has_critic:
+                critic = ops.value_loss(
+                    policy.values(policy.critic_trunk(batch, hidden)[batch.rows]),
+                    batch.values,
+                    _need(batch, "returns", "step.advantages"),
+                    weights,
+                    clip=config.clip_vloss or None,
+                )
+                loss = loss + config.vf_coef * critic.loss
+                value_loss = critic.loss.detach()
+        loss.backward()
+        return actor.metrics, value_loss
+
+    def _count_nonfinite(self, skipped: list[bool]) -> None:
+        for flag in skipped:
+            self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if flag else 0
+            if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
+                raise NonFiniteError(
+                    f"{self.nonfinite_in_a_row} optimiser steps in a row had a gradient that is "
+                    f"not finite (max_nonfinite_steps = {self.config.max_nonfinite_steps}); they "
+                    "changed no parameter. Lower learning_rate, or set precision = 'fp32'"
+                )
+
+    def _adapt_kl(self, kl_sequence: float, episodes: int) -> None:
+        """Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), §2.2: KL summed per sequence."""
+        if self.config.kl_target is not None and math.isfinite(kl_sequence):
+            error = min(0.2, max(-0.2, kl_sequence / self.config.kl_target - 1.0))
+            self.kl_coef *= 1.0 + error * episodes / self.config.kl_horizon
+
+
+def _reference(
+    config: PPOConfig, model: Any, ref_model: Any
+) -> Literal["copy", "adapter", "model", "none"]:
+    if ref_model is not None:
+        return "model"
+    if config.reference != "auto":
+        return config.reference
+    if config.kl_coef == 0:
+        return "none"
+    return "adapter" if hasattr(model, "peft_config") else "copy"
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _need(batch: PackedBatch, name: str, maker: str) -> Tensor:
+    """A field that an earlier stage must have filled in."""
+    value: Tensor | None = getattr(batch, name)
+    if value is None:
+        raise ValueError(f"batch.{name}: expected a tensor, got None. Call {maker} first")
+    return value

@@ -1,0 +1,48 @@
+"""`fastppo train`: a TrainConfig becomes a PPOTrainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastppo.attention import check_supported
+from fastppo.config import TrainConfig
+from fastppo.data import load_records
+from fastppo.models import load_config
+from fastppo.rewards import resolve_reward
+from fastppo.trainer import PPOTrainer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def build_trainer(config: TrainConfig) -> PPOTrainer:
+    """A trainer with its model loaded and everything in the configuration checked.
+
+    Raises:
+        ValueError, TypeError, ImportError, OSError: what a person can mend, named.
+    """
+    check_supported(load_config(config.model))
+    return PPOTrainer(
+        config.model,
+        [resolve_reward(spec) for spec in config.reward],
+        load_records(config.dataset),
+        config,
+        eval_dataset=load_records(config.eval_dataset) if config.eval_dataset else None,
+        ref_model=config.ref_model or None,
+        value_model=config.value_model or None,
+        peft_config=lora_config(config) if config.lora_rank else None,
+        reward_weights=config.reward_weights or None,
+    )
+
+
+def lora_config(config: TrainConfig) -> LoraConfig:
+    """LoRA (https://arxiv.org/abs/2106.09685) on every linear layer of the trunk, no dropout."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
