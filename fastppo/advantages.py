@@ -55,8 +55,9 @@ def add_advantages(
         assert batch.old_logprobs is not None and batch.ref_logprobs is not None
         kl = ops.kl_penalty(batch.old_logprobs, batch.ref_logprobs, estimator=config.kl_estimator)
         rewards = torch.where(mask, -kl_coef * kl, 0.0)
-    last = _last_valid(mask, sequence, batch.num_sequences)
-    rewards = rewards.index_add(0, last.clamp(min=0), torch.where(last >= 0, score, 0.0))
+    total = torch.zeros_like(score).index_add(0, sequence, rewards) + score
+    ends = _last_valid(mask, sequence, batch.num_sequences)
+    rewards = torch.where(ends, rewards + score[sequence], rewards)
     batch = batch.replace(loss_mask=mask, rewards=rewards)
     if config.advantage == "gae":
         return _gae(batch, config)
@@ -66,7 +67,6 @@ def add_advantages(
         )
     groups = torch.as_tensor(np.zeros(len(score), np.int64) if group_ids is None else group_ids)
     _check_length("group_ids", groups, batch)
-    total = torch.zeros_like(score).index_add(0, sequence, rewards)
     total = torch.where(scored, total, math.nan)
     per_sequence = ops.group_advantages(total, groups.to(batch.device), kind=config.advantage)
     return batch.replace(advantages=torch.where(mask, per_sequence[sequence], 0.0))
@@ -114,10 +114,11 @@ def num_valid_sequences(batch: PackedBatch) -> Tensor:
 
 
 def _last_valid(mask: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
-    """(B,) position in N of each sequence's last token that counts, -1 where it has none."""
-    position = torch.where(mask, torch.arange(mask.numel(), device=mask.device), -1)
+    """(N,) bool, whether a token is the last one of its sequence that counts."""
+    position = torch.arange(mask.numel(), device=mask.device)
     empty = position.new_full((num_sequences,), -1)
-    return empty.scatter_reduce(0, sequence, position, "amax")
+    last = empty.scatter_reduce(0, sequence, torch.where(mask, position, -1), "amax")
+    return position == last[sequence]
 
 
 def _check_length(name: str, value: Tensor, batch: PackedBatch) -> None:

@@ -51,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return commands[args[0]](args[1:])
 
 
+def _quiet() -> None:
+    """The display is the progress: transformers' own bars would tear it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _refused(command: str, error: BaseException) -> int:
     print(f"fastppo {command}: {error}", file=sys.stderr)
     return 2
@@ -137,6 +144,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
 def _train(argv: Sequence[str]) -> int:
     try:
         config, dry_run = parse_train(argv)
+        _quiet()
         if dry_run:
             from fastppo.dry_run import dry_run as show
 
@@ -162,6 +170,7 @@ def _demo(argv: Sequence[str]) -> int:
 
     from fastppo.demo import demo
 
+    _quiet()
     try:
         tyro.cli(demo, prog="fastppo demo", args=list(argv))
     except ValueError as error:
@@ -174,6 +183,7 @@ def _doctor(argv: Sequence[str]) -> int:
 
     from fastppo.doctor import doctor
 
+    _quiet()
     try:
         return tyro.cli(doctor, prog="fastppo doctor", args=list(argv))
     except (ValueError, OSError) as error:

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,7 @@ def _converted(source: ModelSource) -> ModelSource:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    print(f"dequantising {file.name}, once; kept in {target}", file=sys.stderr)
     loaded = source.load(AutoModelForCausalLM, dtype=torch.float32)
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -132,8 +134,9 @@ def _converted(source: ModelSource) -> ModelSource:
         model.save_pretrained(partial)
         source.load(AutoTokenizer).save_pretrained(partial)
         partial.rename(target)
-    except OSError:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not target.is_dir():  # another process may have converted it meanwhile
+        # another process may have converted it meanwhile
+        if not (isinstance(error, OSError) and target.is_dir()):
             raise
     return ModelSource(str(target))

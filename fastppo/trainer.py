@@ -246,7 +246,7 @@ class PPOTrainer:
 
     # Evaluation and saving
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float | int]:
         """Greedy responses to every held-out prompt.
 
         Returns:
@@ -269,7 +269,7 @@ class PPOTrainer:
             "reward": float(np.nanmean(score)),
             "response_length": float(np.mean(lengths)),
             "truncated": float(np.mean(np.concatenate(truncated))),
-            "prompts": float(len(data)),
+            "prompts": len(data),
         }
         if np.isin(score, (0.0, 1.0)).all():
             result["accuracy"] = result["reward"]

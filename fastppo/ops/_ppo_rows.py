@@ -85,14 +85,14 @@ def ppo_rows(
     low, high = 1 - config.clip_coef_low, 1 + config.clip_coef_high
     unclipped, clipped = -adv * r, -adv * r.clamp(low, high)
     pg = torch.maximum(unclipped, clipped)
-    active = unclipped >= clipped
+    active = ~(unclipped < clipped)  # not >=: a NaN has to reach the gradient and be seen there
     bounded = torch.zeros_like(valid)
     if config.dual_clip is not None:
         bound = -adv * config.dual_clip
         bounded = (adv < 0) & (pg > bound)
         pg = torch.where(bounded, bound, pg)
         active = active & ~bounded
-    active = active & (log_ratio.abs() <= LOG_RATIO_LIMIT)
+    active = active & ~(log_ratio.abs() > LOG_RATIO_LIMIT)
 
     is_weight, is_cut = torch.ones_like(w), torch.zeros_like(valid)
     if config.is_correction is not None:
