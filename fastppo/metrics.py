@@ -17,7 +17,7 @@ import json
 import math
 import numbers
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -182,16 +182,20 @@ class PhaseTimer:
         synchronize: wait for the GPU at both ends of each phase, so that kernels are charged to the
             phase that launched them. Costs a stall per phase; off, a phase is charged with what it
             waits for.
+        clock: seconds, never going back.
     """
 
-    def __init__(self, *, synchronize: bool = False) -> None:
+    def __init__(
+        self, *, synchronize: bool = False, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         import torch
 
         self._range = torch.profiler.record_function
         self._sync = torch.cuda.synchronize if synchronize and torch.cuda.is_available() else None
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
-        self._start = self._mark = time.perf_counter()
+        self._clock = clock
+        self._start = self._mark = clock()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -209,7 +213,7 @@ class PhaseTimer:
     @property
     def elapsed(self) -> float:
         """Wall seconds since the last `take` (or since construction), phases or not."""
-        return time.perf_counter() - self._start
+        return self._clock() - self._start
 
     def take(self) -> dict[str, float]:
         """Return {"seconds_<phase>": seconds} since the last call, and start anew.
@@ -223,13 +227,13 @@ class PhaseTimer:
             )
         seconds = {f"seconds_{phase}": value for phase, value in self._seconds.items()}
         self._seconds = {}
-        self._start = self._mark = time.perf_counter()
+        self._start = self._mark = self._clock()
         return seconds
 
     def _charge(self) -> None:
         if self._sync is not None:
             self._sync()
-        now = time.perf_counter()
+        now = self._clock()
         if self._open:
             self._seconds[self._open[-1]] += now - self._mark
         self._mark = now
