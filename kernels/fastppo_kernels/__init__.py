@@ -1,1 +1,1 @@
-"""Triton kernels of fastppo and their launchers. Imports torch and triton, never fastppo."""
+"""Home of fastppo's Triton kernels and their launchers. Imports torch and triton, never fastppo."""
