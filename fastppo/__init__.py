@@ -1,4 +1,4 @@
-"""fastppo: PPO for language models with fused kernels and no padding.
+"""fastppo: PPO for language models with fused ops and no padding.
 
 The public names are loaded on first use, so `import fastppo` costs nothing: torch and transformers
 are imported only when something that needs them is touched.

@@ -29,7 +29,7 @@ def add_advantages(
     config: PPOConfig,
     kl_coef: float,
 ) -> PackedBatch:
-    """The batch with `rewards`, `advantages`, `returns` (N,) fp32 and `loss_mask` (N,) bool.
+    """The batch with `rewards`, `advantages` (N,) fp32, `loss_mask` (N,) bool, and GAE's `returns`.
 
     Args:
         batch: with `old_logprobs`, and `ref_logprobs` and `values` where the configuration needs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,11 +29,14 @@ _USAGE = """usage: fastppo COMMAND [options]
 
 fastppo COMMAND --help lists the options of a command."""
 
+_INTERRUPTED = 130  # the status of a program that Ctrl-C ended: 128 + SIGINT
 _PATHS = ("model", "dataset", "eval_dataset", "reward", "ref_model", "value_model")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. What a person can mend is one line on stderr, and exit status 2."""
+    """Run one command. What a person can mend is one line on stderr and exit status 2; Ctrl-C is
+    one line and 130.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": _train, "demo": _demo, "doctor": _doctor}
     if not args or args[0] in ("-h", "--help"):
@@ -48,7 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         print(f"fastppo: unknown command {args[0]!r}.{hint}\n\n{_USAGE}", file=sys.stderr)
         return 2
-    return commands[args[0]](args[1:])
+    # Threads that wait spin by default, which on a shared CPU can cost 20 times the work itself.
+    # OpenMP reads this when torch is loaded, further down.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return commands[args[0]](args[1:])
+    except KeyboardInterrupt:
+        print(f"\nfastppo {args[0]}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _quiet() -> None:
@@ -162,6 +173,9 @@ def _train(argv: Sequence[str]) -> int:
         trainer.train()
     except (RewardError, NonFiniteError) as error:
         return _refused("train", error)
+    except KeyboardInterrupt:
+        print(f"\nfastppo train: interrupted; the run is in {trainer.run_dir}", file=sys.stderr)
+        return _INTERRUPTED
     return 0
 
 

@@ -30,7 +30,7 @@ class PPOConfig:
     # The run
 
     output_dir: str = ""
-    """Folder of the run; it must not exist yet. Empty: runs/<date>-<time>."""
+    """Folder of the run, new or empty. Not set: runs/<date>-<time>."""
     seed: int = 1
     """Every random choice is derived from (seed, iteration, purpose)."""
     num_iterations: int = 100
@@ -166,7 +166,7 @@ class PPOConfig:
     train_layers: int | None = None
     """Train only the last k transformer layers (and the final norm); unset: every parameter."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: fp32 parameters under bf16 autocast. auto: bf16 where the hardware has it."""
+    """bf16: fp32 masters of what trains, under bf16 autocast. auto: bf16 where it is fast."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     device: str = "auto"
@@ -277,6 +277,7 @@ class PPOConfig:
                 (
                     *("gamma", "gae_lambda", "critic_lambda", "whiten_rewards", "critic_warmup"),
                     *("vf_coef", "clip_vloss", "critic_learning_rate", "bootstrap_truncated"),
+                    "norm_adv",
                 ),
                 'advantage = "gae"',
             ),
@@ -320,6 +321,12 @@ class PPOConfig:
             refuse(
                 "kl_estimator = 'k1' with kl_in = 'loss': its gradient is zero in expectation. "
                 "Use 'k3' or 'k2', or kl_in = 'reward'"
+            )
+        if self.kl_target is not None and self.num_sequences >= 5 * self.kl_horizon:
+            refuse(
+                f"kl_horizon = {self.kl_horizon} with {self.num_sequences} sequences an iteration: "
+                "expected more than a fifth of them, since kl_coef is multiplied by 1 ± 0.2 × "
+                "sequences / kl_horizon and must stay above 0"
             )
         if self.missing_eos_penalty > 0 and self.missing_eos_score is not None:
             refuse(
@@ -397,6 +404,8 @@ class TrainConfig(PPOConfig):
             raise ValueError(f"eval_interval = {self.eval_interval} needs an eval_dataset")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank: expected an integer ≥ 0, got {self.lora_rank}")
+        if self.lora_alpha != 32 and not self.lora_rank:
+            raise ValueError(f"lora_alpha = {self.lora_alpha} would have no effect: set lora_rank")
         if self.lora_rank and self.train_layers:
             raise ValueError("lora_rank and train_layers: LoRA freezes every layer. Set only one")
         if self.reference == "adapter" and not self.lora_rank:

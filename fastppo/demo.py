@@ -1,6 +1,6 @@
 """`fastppo demo`: a randomly initialised model learns to name the larger of two digits, in seconds.
 
-Nothing is downloaded: the model has two layers of 64 units and a vocabulary of 14 words. Every part
+Nothing is downloaded: the model has two layers of 64 units and a vocabulary of 13 words. Every part
 is the real one: the same trainer, packer, ops and display as `fastppo train`.
 """
 
@@ -58,7 +58,7 @@ def demo(seed: int = 1, output_dir: str = "") -> dict[str, Any]:
 
     Args:
         seed: of the weights and of every sample.
-        output_dir: folder of the run; it must not exist yet. Empty: runs/<date>-<time>.
+        output_dir: folder of the run, new or empty. Not set: runs/<date>-<time>.
     """
     from fastppo.trainer import PPOTrainer
 

@@ -113,6 +113,10 @@ def _subject(name: str) -> tuple[Any, list[list[int]], tuple[int, ...], str]:
 
 def step_checks(step: PPOStep, prompts: list[list[int]], eos: tuple[int, ...]) -> list[Check]:
     """Sample from the model and check what must hold before the first update."""
+    broken = sum(int((~p.isfinite()).sum()) for p in step.policy.model.parameters())
+    finite = Check("weights are finite", float(broken), 0.0, "values")
+    if not finite.ok:
+        return [finite]  # nothing can be sampled from them
     limit = TOLERANCE[step.precision]
     sampling = Sampling(
         temperature=1.0, max_new_tokens=16, eos_token_ids=eos, pad_token_id=eos[0], seed=0
@@ -130,6 +134,7 @@ def step_checks(step: PPOStep, prompts: list[list[int]], eos: tuple[int, ...]) -
     old, ref, rollout = together.old_logprobs, together.ref_logprobs, together.rollout_logprobs
     assert old is not None and ref is not None and rollout is not None
     return [
+        finite,
         Check("log-probabilities ≤ 0", float(old.max()), 0.0, "nats"),
         Check("ratio = 1 in any order", _gap(again.old_logprobs, old), limit, "nats"),
         Check("KL to the reference = 0", _gap(ref, old), limit, "nats"),

@@ -3,11 +3,10 @@
 Both files hold one JSON object a line (strict JSON: NaN and infinity become null) and are flushed
 after each line, so `tail -f` works and a killed run loses at most the line being written.
 
-A metrics row has at least `iteration` (from 1). The trainer's keys: reward, reward/<function>,
-score_std, kl (nats per token to the reference), kl_sequence (nats per response), entropy (nats),
-policy_loss, value_loss, approx_kl, clipfrac (share), explained_variance, response_length (tokens),
-truncated (share), eos_rate (share), learning_rate, kl_coef, actor_grad_norm, critic_grad_norm,
-tokens_per_second, seconds_<phase>, seconds_total, and on evaluation iterations eval_reward.
+A metrics row has at least `iteration` (from 1). docs/algorithm.md defines every key of the
+trainer's rows; display and report look for reward, kl, entropy, clipfrac, approx_kl, policy_loss,
+value_loss, explained_variance, response_length, truncated, actor_grad_norm, critic_grad_norm,
+tokens_per_second, seconds_<phase> and, on evaluation iterations, eval_reward.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ N response tokens (what the losses read). Entry i of an (N,) array belongs to th
 token: its log-probability given everything before it, and the value of the state before it.
 `rows[i]` is the place among the T tokens whose hidden state predicts that token.
 
-The copying and planning is C++ (csrc/) with the GIL released. Nothing here pads; padded layouts
-belong to the borders, fastppo/integrations/.
+The copying and planning is C++ (csrc/) with the GIL released. Nothing here pads.
 """
 
 from __future__ import annotations

@@ -34,12 +34,10 @@ if TYPE_CHECKING:
 
 
 class Head(NamedTuple):
-    """What turns hidden states into logits: softcap(hidden @ weight.T + bias) * scale."""
+    """What turns hidden states into logits: hidden @ weight.T + bias."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None = None  # (V,)
-    softcap: float | None = None
-    scale: float = 1.0
 
 
 class Policy(nn.Module):

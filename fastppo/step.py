@@ -6,8 +6,8 @@
     metrics = step.update(batch)              # epochs × minibatches × micro-batches
 
 Shapes: B sequences, T packed tokens, N response tokens, H hidden size (see packing.PackedBatch).
-Nothing in the minibatch loop reads a value back from the device: metrics are read once per update,
-and once per epoch where `target_kl` is set.
+No metric is read back inside the minibatch loop: all of them come in one copy per update, and one
+per epoch where `target_kl` is set.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class PPOStep:
             group_ids: (B,) which responses share a prompt; needed by the group baselines.
 
         Returns:
-            The batch with `rewards`, `advantages`, `returns` (N,) fp32 and `loss_mask` (N,) bool.
+            The batch with `rewards`, `advantages` (N,) fp32 and `loss_mask` (N,) bool, and with
+            `returns` (N,) fp32 where there is a critic.
 
         Raises:
             ValueError: scores or group ids of the wrong length, or no group ids where needed.

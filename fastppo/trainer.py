@@ -7,12 +7,14 @@ that samples, `Rewards` that score, a `PPOStep` that learns, a `MetricsWriter` t
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from fastppo.checkpoint import new_run_dir, save_model, write_json
 from fastppo.config import PPOConfig
@@ -23,7 +25,7 @@ from fastppo.models import load_model, load_tokenizer
 from fastppo.packing import PackedBatch
 from fastppo.reporting.display import Display
 from fastppo.reporting.report import write_curve_png, write_report
-from fastppo.rewards import RewardBatch, Rewards
+from fastppo.rewards import RewardBatch, RewardError, Rewards
 from fastppo.rollout import Engine, Rollouts, Sampling
 from fastppo.rollout.transformers import TransformersEngine
 from fastppo.seeding import derive_seed
@@ -76,6 +78,11 @@ class PPOTrainer:
     ) -> None:
         self.args = args = args or PPOConfig()
         self.name = _name_of(model)
+        if processing_class is None and not self.name:
+            raise ValueError(
+                "processing_class: expected a tokenizer, got None, and the model has no name "
+                "(config.name_or_path) to find its own by"
+            )
         self.tokenizer = processing_class or load_tokenizer(self.name)
         self.train_data = self._prompts(train_dataset)
         self.eval_data = None if eval_dataset is None else self._prompts(eval_dataset)
@@ -89,9 +96,7 @@ class PPOTrainer:
         self.rewards.load_models()
         loaded = _loaded(model)
         if peft_config is not None:
-            from peft import get_peft_model
-
-            loaded = get_peft_model(loaded, peft_config)
+            loaded = _with_adapter(loaded, peft_config, args.seed)
         self.step = PPOStep(
             loaded,
             args,
@@ -266,7 +271,7 @@ class PPOTrainer:
             truncated.append(rollouts.truncated)
         score = np.concatenate(scores)
         result = {
-            "reward": float(np.nanmean(score)),
+            "reward": _mean(score),
             "response_length": float(np.mean(lengths)),
             "truncated": float(np.mean(np.concatenate(truncated))),
             "prompts": len(data),
@@ -288,6 +293,15 @@ def _loaded(model: PreTrainedModel | str) -> Any:
     return load_model(model) if isinstance(model, str) else model
 
 
+def _with_adapter(model: Any, peft_config: PeftConfig, seed: int) -> Any:
+    """A PEFT model whose adapter starts from the run's seed; the global generator is put back."""
+    from peft import get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, 0, "adapter"))
+        return get_peft_model(model, peft_config)
+
+
 def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a response: those of the generation config and the tokenizer's own."""
     config = getattr(model, "generation_config", None)
@@ -306,13 +320,24 @@ def _score_metrics(scored: RewardBatch, rollouts: Rollouts) -> dict[str, float]:
     lengths = [len(ids) for ids in rollouts.responses]
     unscored = np.isnan(scored.scores)
     if unscored.all():
-        raise ValueError("reward_funcs: expected at least one score in the batch, got None for all")
+        names = ", ".join(map(repr, scored.per_function))
+        raise RewardError(
+            f"reward function {names}: expected a score for at least one sample of the batch, "
+            "got None for all",
+            function=names,
+        )
     return {
-        "reward": float(np.nanmean(scored.scores)),
+        "reward": _mean(scored.scores),
         "score_std": float(np.nanstd(scored.scores)),
         "unscored": float(unscored.mean()),
-        **{f"reward/{name}": float(np.nanmean(v)) for name, v in scored.per_function.items()},
+        **{f"reward/{name}": _mean(v) for name, v in scored.per_function.items()},
         "response_length": float(np.mean(lengths)),
         "truncated": float(rollouts.truncated.mean()),
         "eos_rate": float(rollouts.finished.mean()),
     }
+
+
+def _mean(scores: np.ndarray) -> float:
+    """The mean of what was scored; NaN, without numpy's warning, where nothing was."""
+    scored = scores[~np.isnan(scores)]
+    return float(scored.mean()) if scored.size else math.nan

@@ -33,8 +33,8 @@ def read(
     """CleanRL's metrics over all optimiser steps, and which of the steps were skipped.
 
     Returns:
-        Means over response tokens; `policy_loss`, `value_loss` and the gradient norms are means
-        over steps. A metric whose input does not exist (no reference, no critic) is NaN.
+        Means over response tokens; the losses and the gradient norms are means over steps. What
+        has no input (no reference, no critic, no rollout log-probabilities) is NaN or left out.
     """
     reduced = ops.reduce_ppo_metrics([step.policy for step in steps])
     scalars = {**reduced, **batch_metrics(batch)}
@@ -69,12 +69,15 @@ def batch_metrics(batch: PackedBatch) -> dict[str, Tensor]:
         result["kl_sequence"] = kl / num_valid_sequences(batch).clamp(min=1)
     if batch.values is not None and batch.returns is not None:
 
+        def mean(x: Tensor) -> Tensor:
+            return torch.where(mask, x, 0.0).sum() / count
+
         def variance(x: Tensor) -> Tensor:
-            mean = torch.where(mask, x, 0.0).sum() / count
-            return torch.where(mask, (x - mean).square(), 0.0).sum() / count
+            return mean((x - mean(x)).square())
 
         spread = variance(batch.returns)
-        unexplained = variance(batch.returns - batch.values)
-        explained = 1.0 - unexplained / spread.clamp(min=1e-12)
-        result["explained_variance"] = torch.where(spread > 1e-12, explained, 0.0)
+        # returns = A + V of equal returns differ by rounding, which grows with either
+        varies = spread > 1e-10 * mean(batch.returns.square() + batch.values.square())
+        unexplained = variance(batch.returns - batch.values) / torch.where(varies, spread, 1.0)
+        result["explained_variance"] = torch.where(varies, 1.0 - unexplained, 0.0)
     return result

@@ -160,7 +160,7 @@ class RewardModel:
                 raise ValueError(
                     f"sample {sample} has {len(ids)} tokens for reward model {self.__name__!r}, "
                     f"which reads 1 to {longest or 'any number'}; shorten max_prompt_length or "
-                    "max_new_tokens"
+                    "max_response_length"
                 )
         scores = [0.0] * len(encoded)
         pad = getattr(self.config, "pad_token_id", None)
