@@ -24,8 +24,6 @@ class Sampling:
         ValueError: a field outside its range.
     """
 
-    temperature: float
-    """What the logits are divided by; 0 takes the likeliest token."""
     max_new_tokens: int
     """Longest response, in tokens, the end-of-sequence token included."""
     eos_token_ids: tuple[int, ...]
@@ -34,6 +32,8 @@ class Sampling:
     """Filler of shorter prompts; may be an end-of-sequence token."""
     seed: int
     """Seed of this call; the global generators are neither used nor moved."""
+    temperature: float = 1.0
+    """What the logits are divided by; 0 takes the likeliest token."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens with this probability; 1 is off."""
     top_k: int = 0

