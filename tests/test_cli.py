@@ -158,6 +158,12 @@ def test_a_dry_run_shows_everything_and_touches_nothing(project: Path, run: Run)
     assert not {name for name in new if not name.startswith("__pycache__")}  # Python's own
 
 
+@pytest.mark.parametrize("option", ["--eval-dataset", "--ref-model", "--reward"])
+def test_a_dry_run_looks_at_every_input(project: Path, call: Call, option: str) -> None:
+    error = call("train", "--config", "run.toml", "--dry-run", option, "./none.jsonl", status=2)[1]
+    assert "none.jsonl" in error and len(error.splitlines()) == 1
+
+
 def test_an_unsupported_family_is_refused_by_name(project: Path, run: Run, call: Call) -> None:
     shape: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": len(WORDS)}
     Gemma2Config(**shape).save_pretrained(project / "model")

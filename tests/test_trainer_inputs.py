@@ -281,3 +281,9 @@ def test_any_engine_can_sample(tmp_path: Path) -> None:
     response = read_lines(tmp_path / "run" / "samples.jsonl")[0]["response"]
     first = np.random.default_rng(engine.seeds[0]).integers(1, len(WORDS), 3)
     assert response.split() == [WORDS[i] for i in first[: 3 if 1 not in first else 0]]
+
+
+def test_responses_past_the_models_positions_are_refused(unloadable: str, tmp_path: Path) -> None:
+    options = {"max_response_length": 254}  # prompts have 3 tokens, the model 256 positions
+    with pytest.raises(ValueError, match=r"max_response_length = 254: .*3 tokens.*256 positions"):
+        PPOTrainer(unloadable, larger_digit, ROWS, config(tmp_path / "run", **options))
