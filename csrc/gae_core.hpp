@@ -97,6 +97,63 @@ void gae(const GaeInputs<T>& in, MaskMode mode, T* advantages, T* returns) {
   }
 }
 
+// V-trace of packed sequences: the same recurrence with a decay and a weight for each token.
+// `ratios` (N,) are π/μ; rewards and ratios are not null, in.actor_lambda is λ; in.scores, in.kl and
+// in.critic_lambda are not looked at. Masked tokens are carried through and come out 0.
+template <bool masked, typename T>
+void vtrace_sequences(const GaeInputs<T>& in, const T* ratios, double rho_cap, double c_cap,
+                      T* advantages, T* returns) {
+  for (std::int64_t b = 0; b < in.num_sequences; ++b) {
+    const double gamma = in.gamma[b];
+    const double decay = gamma * in.actor_lambda[b];
+    double next = in.bootstrap != nullptr ? static_cast<double>(in.bootstrap[b]) : 0.0;
+    double next_return = next;
+    double correction = 0.0;  // vs − V of the token after
+    for (std::int64_t t = in.offsets[b + 1] - 1; t >= in.offsets[b]; --t) {
+      const bool valid = !masked || in.mask[t] != 0;
+      const double r = static_cast<double>(in.rewards[t]);
+      const double v = static_cast<double>(in.values[t]);
+      const double ratio = static_cast<double>(ratios[t]);
+      const double rho = std::min(ratio, rho_cap);
+      const double advantage = rho * (r + gamma * next_return - v);
+      const double moved = rho * (r + gamma * next - v) + decay * std::min(ratio, c_cap) * correction;
+      correction = valid ? moved : correction;
+      next = valid ? v : next;
+      next_return = valid ? v + moved : next_return;
+      advantages[t] = valid ? static_cast<T>(advantage) : T{0};
+      returns[t] = valid ? static_cast<T>(v + moved) : T{0};
+    }
+  }
+}
+
+// GAE of a (steps, envs) rollout whose rows hold several episodes. `final_values` may be null where
+// nothing is truncated.
+template <typename T>
+void gae_classic(std::int64_t steps, std::int64_t envs, const T* rewards, const T* values,
+                 const T* next_value, const std::uint8_t* terminated,
+                 const std::uint8_t* truncated, const T* final_values, double gamma, double lambda,
+                 T* advantages, T* returns) {
+  const auto width = static_cast<std::size_t>(envs);
+  std::vector<double> next(next_value, next_value + width);
+  std::vector<double> carried(width, 0.0);
+  for (std::int64_t t = steps - 1; t >= 0; --t) {
+    for (std::int64_t e = 0; e < envs; ++e) {
+      const std::int64_t i = t * envs + e;
+      const auto k = static_cast<std::size_t>(e);
+      const bool stop = terminated[i] != 0;
+      const bool cut = truncated != nullptr && truncated[i] != 0;
+      const double v = static_cast<double>(values[i]);
+      const double final = final_values != nullptr ? static_cast<double>(final_values[i]) : 0.0;
+      const double following = stop ? 0.0 : cut ? final : next[k];
+      const double delta = static_cast<double>(rewards[i]) + gamma * following - v;
+      carried[k] = delta + (stop || cut ? 0.0 : gamma * lambda * carried[k]);
+      next[k] = v;
+      advantages[i] = static_cast<T>(carried[k]);
+      returns[i] = static_cast<T>(carried[k] + v);
+    }
+  }
+}
+
 // Σ f(i) for i in [begin, end) in a fixed order, in eight sums that do not wait for one another.
 template <typename F>
 double lane_sum(std::int64_t begin, std::int64_t end, F f) {
