@@ -13,7 +13,8 @@ Masked tokens (tool output inside a response) follow the host's convention, `mas
 In every mode masked slots take no KL and no score and come out with advantage 0 and return 0; give
 them loss weight 0.
 
-On CPU the recurrence runs in C++, in double precision, one rounding per result.
+On CPU the recurrence runs in C++, in double precision, one rounding per result; on CUDA as a Triton
+scan of affine maps (fastppo_kernels.gae).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from fastppo.ops._checks import (
     check_tensor,
 )
 from fastppo.ops._precision import compute_dtype
-from fastppo.ops.whiten import EPS, whiten_reference
+from fastppo.ops._segments import segment_ids
+from fastppo.ops.whiten import EPS, whiten_reference, whiten_torch
 
 MaskMode = Literal["carry", "dense-zero", "none"]
 MASK_MODES = ("carry", "dense-zero", "none")
@@ -158,6 +160,52 @@ def _gae(
         whiten_eps=EPS if norm_adv else None,
     )
     return advantages.to(values.device), returns.to(values.device)
+
+
+@_gae.register_kernel("cuda")
+def gae_triton(
+    values: Tensor,
+    cu_seqlens: Tensor,
+    rewards: Tensor | None,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    kl: Tensor | None,
+    scores: Tensor | None,
+    discounts: Tensor | None,
+    gamma: float,
+    gae_lambda: float,
+    returns_lambda: float | None,
+    kl_coef: float,
+    mask_mode: str,
+    norm_adv: bool,
+) -> tuple[Tensor, Tensor]:
+    """One or two launches, no host sync; a few more to whiten, or to find where scores go among
+    masked tokens that are not carried through."""
+    from fastppo_kernels.gae import gae_fwd
+
+    if scores is not None and mask is not None and mask_mode != "carry":
+        count = mask.long().cumsum(0)
+        sequence = segment_ids(cu_seqlens, mask.shape[0])
+        of_sequence = torch.cat([count.new_zeros(1), count])[cu_seqlens[1:].long()][sequence]
+        placed = torch.where(mask & (count == of_sequence), scores.to(values.dtype)[sequence], 0.0)
+        rewards = placed if rewards is None else rewards.to(values.dtype) + placed
+        scores = None
+    advantages, returns = gae_fwd(
+        values,
+        cu_seqlens,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        returns_lambda=returns_lambda,
+        rewards=rewards,
+        mask=mask,
+        mask_mode=mask_mode,
+        bootstrap=bootstrap,
+        kl=kl,
+        kl_coef=kl_coef,
+        scores=scores,
+        discounts=discounts,
+    )
+    return whiten_torch(advantages, mask, True) if norm_adv else advantages, returns
 
 
 @_gae.register_fake

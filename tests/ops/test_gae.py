@@ -433,3 +433,19 @@ def test_bad_arguments_are_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         gae(**(args | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[200_000, 0, 1, 5000], [7] * 3000], ids=["long", "short"])
+@pytest.mark.parametrize("mode", MODES)
+def test_on_a_gpu(lengths, mode, rng):
+    rewards, values, cu = packed(lengths, rng, torch.float32)
+    given = {"mask": torch.rand(len(values), generator=rng) < 0.7}
+    given |= {"scores": torch.randn(len(lengths), generator=rng), "kl": rewards.flip(0)}
+    options = {"gamma": 1.0, "gae_lambda": 1.0, "returns_lambda": 0.9, "mask_mode": mode}
+    options |= {"kl_coef": 0.1, "norm_adv": True}
+    expected = gae(rewards, values, cu, **given, **options)
+    on_gpu = {name: x.cuda() for name, x in given.items()}
+    result = gae(rewards.cuda(), values.cuda(), cu.cuda(), **on_gpu, **options)
+    for x, y in zip(result, expected, strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
