@@ -412,6 +412,7 @@ def gae_fwd(
             TWO=two,
             BLOCK=launch.block,
             num_warps=launch.num_warps,
+            enable_fp_fusion=True,
         )
     gae_fwd_kernel[(blocks,)](
         advantages,
@@ -428,5 +429,6 @@ def gae_fwd(
         BLOCK=launch.block,
         CHUNK=launch.chunk,
         num_warps=launch.num_warps,
+        enable_fp_fusion=True,
     )
     return advantages, returns
