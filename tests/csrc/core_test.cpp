@@ -155,6 +155,16 @@ void gae_once(std::mt19937& rng) {
   for (const MaskMode mode : {MaskMode::dense_zero, MaskMode::none}) {
     gae(in, mode, advantages.data(), returns.data());
   }
+  vtrace_sequences<true>(in, kl.data(), 1.0, 1.0, advantages.data(), returns.data());
+  for (std::size_t i = 0; i < n; ++i) {
+    check(mask[i] != 0 || returns[i] == T{0}, "masked V-trace target");
+  }
+  if (n > 0) {  // one step of n environments, every episode over: the advantage is r − V
+    const std::vector<std::uint8_t> over(n, 1);
+    gae_classic<T>(1, offsets.back(), rewards.data(), values.data(), values.data(), over.data(),
+                   nullptr, nullptr, 1.0, 1.0, advantages.data(), returns.data());
+    for (std::size_t i = 0; i < n; ++i) check(returns[i] == rewards[i], "last step");
+  }
   whiten(rng() % 2 ? mask.data() : nullptr, offsets.back(), 1e-8, advantages.data());
   for (const T x : advantages) check(std::isfinite(x), "whitened");
 }
