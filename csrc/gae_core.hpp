@@ -171,30 +171,31 @@ double lane_sum(std::int64_t begin, std::int64_t end, F f) {
 
 template <bool masked, typename T>
 void whiten_valid(const std::uint8_t* mask, std::int64_t count, double eps, T* x) {
-  const auto valid = [&](std::int64_t i) { return !masked || mask[i] != 0; };
+  // A factor, not a select: compilers turn these selects into branches, which masks mispredict.
+  static constexpr double factors[] = {0.0, 1.0};
+  const auto weight = [&](std::int64_t i) { return masked ? factors[mask[i] != 0] : 1.0; };
   std::int64_t first = 0;
-  while (first < count && !valid(first)) ++first;
+  while (first < count && weight(first) == 0.0) ++first;
   if (first == count) return;
   // Sums are taken of x − x₀, so that equal entries come out exactly 0.
   const double origin = static_cast<double>(x[first]);
-  const double n = lane_sum(first, count, [&](std::int64_t i) { return valid(i) ? 1.0 : 0.0; });
+  const double n = lane_sum(first, count, weight);
   const double mean = lane_sum(first, count, [&](std::int64_t i) {
-    const double d = static_cast<double>(x[i]) - origin;
-    return valid(i) ? d : 0.0;
+    return weight(i) * (static_cast<double>(x[i]) - origin);
   }) / n;
   const double squares = lane_sum(first, count, [&](std::int64_t i) {
     const double d = static_cast<double>(x[i]) - origin - mean;
-    return valid(i) ? d * d : 0.0;
+    return weight(i) * d * d;
   });
   const double scale = 1.0 / std::sqrt(squares / std::max(n - 1.0, 1.0) + eps);
   for (std::int64_t i = first; i < count; ++i) {
-    const T y = static_cast<T>((static_cast<double>(x[i]) - origin - mean) * scale);
-    x[i] = valid(i) ? y : x[i];
+    const double y = (static_cast<double>(x[i]) - origin - mean) * scale;
+    x[i] = static_cast<T>(weight(i) * y + 0.0);
   }
 }
 
-// x ← (x − mean)·rsqrt(var + eps) over the unmasked entries, var unbiased, 0 for n < 2; masked
-// entries stay.
+// x ← (x − mean)·rsqrt(var + eps) over the unmasked entries, var unbiased, 0 for n < 2. Masked
+// entries are 0 before, as `gae` leaves them, and after.
 template <typename T>
 void whiten(const std::uint8_t* mask, std::int64_t count, double eps, T* x) {
   if (mask == nullptr) {

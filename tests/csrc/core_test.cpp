@@ -165,6 +165,7 @@ void gae_once(std::mt19937& rng) {
                    nullptr, nullptr, 1.0, 1.0, advantages.data(), returns.data());
     for (std::size_t i = 0; i < n; ++i) check(returns[i] == rewards[i], "last step");
   }
+  gae(in, MaskMode::carry, advantages.data(), returns.data());
   whiten(rng() % 2 ? mask.data() : nullptr, offsets.back(), 1e-8, advantages.data());
   for (const T x : advantages) check(std::isfinite(x), "whitened");
 }
