@@ -1,7 +1,8 @@
 #include "register.hpp"
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Packing without padding: ragged sequences into one arena, bins, partitions.";
+  m.doc() = "Packing without padding (arena, bins, partitions) and CPU forms of ops.";
   fastppo::register_pack(m);
   fastppo::register_balance(m);
+  fastppo::register_gae(m);
 }

@@ -1,4 +1,5 @@
-"""The C++ extension: ragged sequences into one arena, token-budget bins, balanced partitions.
+"""The C++ extension: ragged sequences into one arena, token-budget bins, balanced partitions, and
+ops on the CPU.
 
 Integers may come as Python lists, tuples, anything with the buffer protocol, or anything with
 `__array__` (a torch CPU tensor). Errors are ValueError or TypeError: `name: expected ..., got ...`.
@@ -73,3 +74,61 @@ def partition(lengths: Any, k: int) -> list[list[int]]:
 
 def unpack(values: Any, cu_seqlens: Any) -> list[list[Any]]:
     """Cut a 1-D array at `cu_seqlens` (from 0 to its length) into lists of Python numbers."""
+
+def gae(
+    advantages: Any,
+    returns: Any,
+    values: Any,
+    cu_seqlens: Any,
+    *,
+    gamma: Any,
+    gae_lambda: Any,
+    returns_lambda: Any = None,
+    rewards: Any = None,
+    mask: Any = None,
+    mask_mode: str = "carry",
+    bootstrap: Any = None,
+    kl: Any = None,
+    kl_coef: float = 0.0,
+    scores: Any = None,
+    whiten_eps: float | None = None,
+) -> None:
+    """What `fastppo.ops.gae` says, from contiguous arrays of one element type, that of `values`
+    (float32 or float64), into `advantages` and `returns`. γ and λ: numbers or (B,) float64.
+
+    Raises:
+        TypeError, ValueError: an array of the wrong type, size or layout, or malformed cu_seqlens.
+    """
+
+def vtrace(
+    advantages: Any,
+    returns: Any,
+    rewards: Any,
+    values: Any,
+    ratios: Any,
+    cu_seqlens: Any,
+    *,
+    gamma: float,
+    gae_lambda: float,
+    rho_cap: float,
+    c_cap: float,
+    mask: Any = None,
+    bootstrap: Any = None,
+) -> None:
+    """What `fastppo.ops.vtrace` says, with the arrays and errors of `gae`; ratios are π/μ."""
+
+def gae_classic(
+    advantages: Any,
+    returns: Any,
+    rewards: Any,
+    values: Any,
+    next_value: Any,
+    terminated: Any,
+    truncated: Any,
+    final_values: Any,
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> None:
+    """What `fastppo.ops.gae_classic` says, with the arrays and errors of `gae`, all of them flat:
+    steps·envs elements, and envs of them in `next_value`."""

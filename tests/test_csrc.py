@@ -1,4 +1,6 @@
-"""fastppo._C against plain Python: packing, bins, partitions, unpacking, and every refusal."""
+"""fastppo._C against plain Python: packing, bins, partitions, unpacking, and every refusal.
+
+What `_C.gae` computes is tested in tests/ops/test_gae.py."""
 
 from __future__ import annotations
 
@@ -506,6 +508,43 @@ def test_anything_is_packed_or_refused(data: st.DataObject) -> None:
     except (TypeError, ValueError) as error:
         assert str(error).startswith(names), error
         assert "expected" in str(error) and ", got " in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"cu_seqlens": [1, 4]}, ValueError, "cu_seqlens: expected offsets from 0 to 4, got 1 to"),
+        ({"cu_seqlens": []}, ValueError, "cu_seqlens: .*got none"),
+        ({"cu_seqlens": [0, 3, 2, 4]}, ValueError, r"cu_seqlens\[2\]: expected ≥ 3, got 2"),
+        ({"cu_seqlens": [0, 2**40, 4]}, ValueError, r"cu_seqlens\[2\]: expected ≥ 1099511627776"),
+        ({"cu_seqlens": [0.0, 4.0]}, TypeError, "cu_seqlens"),
+        ({"values": np.zeros(4, np.int32)}, TypeError, "values: .*int32"),
+        ({"rewards": np.zeros(4)}, ValueError, "rewards: expected 4 contiguous float32, got 4 flo"),
+        ({"rewards": np.zeros(3, np.float32)}, ValueError, "rewards: expected 4 .* got 3 float32"),
+        ({"kl": np.zeros(8, np.float32)[::2]}, ValueError, "kl: .*with a stride of 8 bytes"),
+        ({"mask": np.zeros(4, np.float32)}, TypeError, "mask: expected .*bools"),
+        ({"mask": np.zeros(5, bool)}, ValueError, "mask: expected 4 contiguous bool, got 5"),
+        ({"bootstrap": np.zeros(2, np.float32)}, ValueError, "bootstrap: expected 1"),
+        ({"scores": np.zeros(4, np.float32)}, ValueError, "scores: expected 1"),
+        ({"gamma": np.zeros(1, np.float32)}, ValueError, "gamma: expected 1 contiguous float64"),
+        ({"gamma": None}, TypeError, "gamma, gae_lambda: expected numbers, got None"),
+        ({"mask_mode": "zero"}, ValueError, "mask_mode: expected carry, dense-zero or none, got"),
+        ({"returns": np.zeros(3, np.float32)}, ValueError, "returns: .*buffer of 4 float32, got 3"),
+        ({"returns": np.zeros(4)}, ValueError, "returns: .*got 4 float64"),
+        ({"advantages": b"0123"}, TypeError, "advantages: expected a writable .*got bytes"),
+        ({"advantages": [0.0] * 4}, TypeError, "advantages: expected a writable .*got list"),
+    ],
+)
+def test_gae_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        **{name: np.zeros(4, np.float32) for name in ("advantages", "returns", "values")},
+        "cu_seqlens": np.array([0, 4]),
+        "gamma": 1.0,
+        "gae_lambda": 1.0,
+    }
+    _C.gae(**arguments)
+    with pytest.raises(error, match=message):
+        _C.gae(**(arguments | change))
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The package as a whole: importing costs nothing, and modules depend on each other one way only.
 
 The direction: cli → trainer → {step, rollout, rewards, checkpoint, metrics},
-step → {policy, packing, ops}, ops → fastppo_kernels, packing → _C.
+step → {policy, packing, ops}, ops → fastppo_kernels, {packing, ops} → _C.
 """
 
 from __future__ import annotations
@@ -34,8 +34,13 @@ LEVELS = (
     ("fastppo.trainer",),
     ("fastppo.cli",),
 )
-# Who may import these directly.
-DOORS = {"fastppo_kernels": ("fastppo_kernels", "fastppo.ops"), "fastppo._C": ("fastppo.packing",)}
+# Who may import these directly. ops calls _C for what torch cannot express well on a CPU, such as a
+# recurrence over time: _C is to the CPU what fastppo_kernels is to a GPU, and both stay behind the
+# one layer that dispatches by device.
+DOORS = {
+    "fastppo_kernels": ("fastppo_kernels", "fastppo.ops"),
+    "fastppo._C": ("fastppo.packing", "fastppo.ops"),
+}
 
 Graph = dict[str, set[str]]
 

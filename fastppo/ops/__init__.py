@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from fastppo.ops._ppo_config import PPOLossConfig
 from fastppo.ops._ppo_metrics import PPO_METRIC_NAMES, combine_ppo_metrics, reduce_ppo_metrics
+from fastppo.ops.discounted_returns import discounted_returns, discounted_returns_reference
 from fastppo.ops.gae import GAE, gae, gae_reference
+from fastppo.ops.gae_classic import gae_classic, gae_classic_reference
 from fastppo.ops.group_advantages import group_advantages, group_advantages_reference
 from fastppo.ops.kl_penalty import kl_penalty, kl_penalty_reference
 from fastppo.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
@@ -25,6 +27,7 @@ from fastppo.ops.value_loss import (
     value_loss,
     value_loss_reference,
 )
+from fastppo.ops.vtrace import VTrace, vtrace, vtrace_reference
 from fastppo.ops.whiten import whiten, whiten_reference
 
 __all__ = [
@@ -34,10 +37,15 @@ __all__ = [
     "LogProbs",
     "PPOLoss",
     "PPOLossConfig",
+    "VTrace",
     "ValueLoss",
     "combine_ppo_metrics",
     "combine_value_metrics",
+    "discounted_returns",
+    "discounted_returns_reference",
     "gae",
+    "gae_classic",
+    "gae_classic_reference",
     "gae_reference",
     "group_advantages",
     "group_advantages_reference",
@@ -57,6 +65,8 @@ __all__ = [
     "token_logprobs_reference",
     "value_loss",
     "value_loss_reference",
+    "vtrace",
+    "vtrace_reference",
     "whiten",
     "whiten_reference",
 ]

@@ -17,7 +17,10 @@ INTS = (torch.int32, torch.int64)
 
 
 def may_read_values(x: Tensor) -> bool:
-    """True where looking at values costs no device sync, or where the user asked for debugging."""
+    """True where looking at values costs no device sync, or where the user asked for debugging.
+    Never under torch.compile: there are no values to look at while it traces."""
+    if torch.compiler.is_compiling():
+        return False
     return x.device.type == "cpu" or torch.is_anomaly_enabled()
 
 
@@ -114,3 +117,17 @@ def check_unit_interval(name: str, value: float) -> None:
     """Raise unless 0 <= value <= 1."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+
+
+def check_discount(
+    name: str, value: float | Tensor, num_sequences: int, device: torch.device
+) -> None:
+    """Raise unless value is a number in [0, 1] or a floating (B,) tensor of them."""
+    if not isinstance(value, Tensor):
+        check_unit_interval(name, value)
+        return
+    check_tensor(name, value, (num_sequences,), FLOATS, device)
+    if may_read_values(value) and not bool(((value >= 0) & (value <= 1)).all()):
+        raise ValueError(
+            f"{name}: expected values in [0, 1], got {float(value.min())} to {float(value.max())}"
+        )

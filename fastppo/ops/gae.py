@@ -3,38 +3,39 @@
 Shapes: N response tokens of B sequences back to back, cu_seqlens (B+1,). Backwards in each
 sequence, with A = 0 and V' = bootstrap (0 where the sequence finished) after its last token,
 
+    r_t ← r_t − kl_coef·kl_t + score at the last valid token
     A_t = r_t + γ·V' − V_t + γλ·A_{t+1},   V' ← V_t;      returns = A + V
 
 Masked tokens (tool output inside a response) follow the host's convention, `mask_mode`:
     carry       A and V' pass through unchanged (verl, NeMo-RL, AReaL)
     dense-zero  V ← V·m, r ← r·m, then the plain recurrence on every slot (OpenRLHF)
     none        the plain recurrence on every slot
-In every mode masked slots come out with advantage 0 and return 0; give them loss weight 0.
+In every mode masked slots take no KL and no score and come out with advantage 0 and return 0; give
+them loss weight 0.
 
-How the recurrence is solved without a loop over time: carry first squeezes the masked tokens out.
-Then A_t = δ_t + c·A_{t+1} with c = γλ constant, so over a block of K tokens A = δ·M + (carry
-in)·c^{K−k} with M[j, k] = c^{j−k} for j ≥ k, one small matrix product; the blocks' first entries
-satisfy the same recurrence with c^K, solved by the same function, ⌈log_K(longest)⌉ levels deep.
+On CPU the recurrence runs in C++, in double precision, one rounding per result; on CUDA as a Triton
+scan of affine maps (fastppo_kernels.gae).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastppo import _C
 from fastppo.ops._checks import (
     check_choice,
     check_cu_seqlens,
+    check_discount,
     check_rows,
     check_tensor,
-    check_unit_interval,
 )
-from fastppo.ops._precision import compute_dtype, without_autocast
+from fastppo.ops._precision import compute_dtype
 from fastppo.ops._segments import segment_ids
+from fastppo.ops.whiten import EPS, whiten_reference, whiten_torch
 
 MaskMode = Literal["carry", "dense-zero", "none"]
 MASK_MODES = ("carry", "dense-zero", "none")
@@ -48,145 +49,204 @@ class GAE(NamedTuple):
 
 
 def gae_reference(
-    rewards: Tensor,
+    rewards: Tensor | None,
     values: Tensor,
     cu_seqlens: Tensor,
     *,
-    gamma: float,
-    gae_lambda: float,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
     mask: Tensor | None = None,
     mask_mode: MaskMode = "carry",
     bootstrap: Tensor | None = None,
-    returns_lambda: float | None = None,
+    returns_lambda: float | Tensor | None = None,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.0,
+    scores: Tensor | None = None,
+    norm_adv: bool = False,
 ) -> GAE:
     """A Python loop over tokens."""
-    n = rewards.shape[0]
+    n, num_sequences = values.shape[0], cu_seqlens.shape[0] - 1
     offsets = cu_seqlens.tolist()
     m = [True] * n if mask is None else mask.tolist()
-    end = [0.0] * (len(offsets) - 1) if bootstrap is None else bootstrap.tolist()
+    end = [0.0] * num_sequences if bootstrap is None else bootstrap.tolist()
+    r = [0.0] * n if rewards is None else rewards.tolist()
+    v = values.tolist()
+    for i, (start, stop) in enumerate(pairwise(offsets)):
+        valid = [t for t in range(start, stop) if m[t]]
+        for t in valid:
+            r[t] -= 0.0 if kl is None else kl_coef * float(kl[t])
+        if valid and scores is not None:
+            r[valid[-1]] += float(scores[i])
 
-    def advantages(lam: float) -> Tensor:
+    def per_sequence(x: float | Tensor, i: int) -> float:
+        return float(x[i]) if isinstance(x, Tensor) else x
+
+    def advantages(lambdas: float | Tensor) -> Tensor:
         out = [0.0] * n
         for i, (start, stop) in enumerate(pairwise(offsets)):
+            g, lam = per_sequence(gamma, i), per_sequence(lambdas, i)
             adv, next_value = 0.0, end[i]
             for t in reversed(range(start, stop)):
-                r, v = float(rewards[t]), float(values[t])
                 if not m[t] and mask_mode == "carry":
                     continue
-                if not m[t] and mask_mode == "dense-zero":
-                    r = v = 0.0
-                adv = r + gamma * next_value - v + gamma * lam * adv
-                next_value = v
+                zero = not m[t] and mask_mode == "dense-zero"
+                reward, value = (0.0, 0.0) if zero else (r[t], v[t])
+                adv = reward + g * next_value - value + g * lam * adv
+                next_value = value
                 out[t] = adv if m[t] else 0.0
         return torch.tensor(out, dtype=torch.float64)
 
     adv = advantages(gae_lambda)
     critic = adv if returns_lambda is None else advantages(returns_lambda)
     returns = torch.where(torch.tensor(m, dtype=torch.bool), critic + values.double(), 0.0)
+    if norm_adv:
+        adv = whiten_reference(adv, mask)
     dtype = compute_dtype(values)
     return GAE(adv.to(dtype), returns.to(dtype))
 
 
-def solve_recurrence(x: Tensor, cu_seqlens: Tensor, decay: float) -> Tensor:
-    """y (N,) with y_t = x_t + decay·y_{t+1} inside each sequence, y = 0 past its end."""
-    lengths = cu_seqlens.diff()
-    longest = int(lengths.max()) if lengths.numel() else 0
-    if longest <= 1 or decay == 0.0:
-        return x
-    block = min(64, 1 << (longest - 1).bit_length())
-    blocks_per_sequence = (lengths + block - 1) // block
-    cu_blocks = torch.cat([cu_seqlens.new_zeros(1), blocks_per_sequence.cumsum(0)])
-    sequence = segment_ids(cu_seqlens, x.shape[0])
-    slot = torch.arange(x.shape[0], device=x.device)
-    slot = slot + (cu_blocks[:-1] * block - cu_seqlens[:-1])[sequence]
-
-    padded = x.new_zeros((int(cu_blocks[-1]), block))
-    padded.view(-1)[slot] = x
-    k = torch.arange(block, device=x.device)
-    powers = torch.pow(torch.tensor(decay, dtype=torch.float64, device=x.device), k)
-    toeplitz = torch.tril(powers[(k[:, None] - k[None, :]).clamp(min=0)])
-    y = padded @ toeplitz.to(x.dtype)
-    if longest > block:
-        starts = solve_recurrence(y[:, 0].contiguous(), cu_blocks, decay**block)
-        carry = torch.cat([starts[1:], starts.new_zeros(1)])
-        last = cu_blocks[1:][lengths > 0] - 1
-        carry[last] = 0.0
-        y.addr_(carry, (decay * powers.flip(0)).to(x.dtype))
-    return y.view(-1)[slot]
-
-
-def gae_torch(
-    rewards: Tensor,
+@torch.library.custom_op(
+    "fastppo::gae",
+    mutates_args=(),
+    schema="(Tensor values, Tensor cu_seqlens, Tensor? rewards, Tensor? mask, Tensor? bootstrap, "
+    "Tensor? kl, Tensor? scores, Tensor? discounts, float gamma, float gae_lambda, "
+    "float? returns_lambda, float kl_coef, str mask_mode, bool norm_adv) -> (Tensor, Tensor)",
+)
+def _gae(
     values: Tensor,
     cu_seqlens: Tensor,
+    rewards: Tensor | None,
     mask: Tensor | None,
     bootstrap: Tensor | None,
-    *,
+    kl: Tensor | None,
+    scores: Tensor | None,
+    discounts: Tensor | None,
     gamma: float,
     gae_lambda: float,
-    mask_mode: str,
     returns_lambda: float | None,
-) -> GAE:
-    """Blocks of matrix products; on a GPU it waits for the host a few times."""
-    dtype = compute_dtype(values)
-    r, v = rewards.to(dtype), values.to(dtype)
-    cu = cu_seqlens.long()
-    kept = None
-    if mask is not None and mask_mode == "carry":
-        kept = mask.nonzero().squeeze(1)
-        r, v = r[kept], v[kept]
-        cu = torch.cat([cu.new_zeros(1), mask.long().cumsum(0)])[cu]
-    elif mask is not None and mask_mode == "dense-zero":
-        r, v = torch.where(mask, r, 0.0), torch.where(mask, v, 0.0)
-    next_value = torch.cat([v[1:], v.new_zeros(min(1, v.numel()))])
-    nonempty = cu.diff() > 0
-    end = torch.zeros_like(nonempty, dtype=dtype) if bootstrap is None else bootstrap.to(dtype)
-    next_value[cu[1:][nonempty] - 1] = end[nonempty]
-    delta = r + gamma * next_value - v
-    with without_autocast(values.device):
-        advantages = solve_recurrence(delta, cu, gamma * gae_lambda)
-        critic = advantages
-        if returns_lambda is not None:
-            critic = solve_recurrence(delta, cu, gamma * returns_lambda)
-    returns = critic + v
-    if mask is None:
-        return GAE(advantages, returns)
-    if kept is None:
-        return GAE(torch.where(mask, advantages, 0.0), torch.where(mask, returns, 0.0))
-    zeros = values.new_zeros(mask.shape[0], dtype=dtype)
-    return GAE(zeros.index_copy(0, kept, advantages), zeros.index_copy(0, kept, returns))
+    kl_coef: float,
+    mask_mode: str,
+    norm_adv: bool,
+) -> tuple[Tensor, Tensor]:
+    """In C++; tensors of a device without a kernel of its own come to the CPU and go back.
+
+    `discounts` (2 or 3, B) float64 holds γ, λ and the critic's λ per sequence and replaces the
+    three numbers.
+    """
+    host = values.to("cpu").contiguous()
+
+    def array(x: Tensor | None, dtype: torch.dtype) -> object:
+        return None if x is None else x.to("cpu", dtype).contiguous().numpy()
+
+    factors: tuple[object, ...] = (gamma, gae_lambda, returns_lambda)
+    if discounts is not None:
+        factors = (*discounts.cpu().numpy(), None)[:3]
+    advantages, returns = torch.empty_like(host), torch.empty_like(host)
+    _C.gae(
+        advantages.numpy(),
+        returns.numpy(),
+        host.numpy(),
+        array(cu_seqlens, cu_seqlens.dtype),
+        gamma=factors[0],
+        gae_lambda=factors[1],
+        returns_lambda=factors[2],
+        rewards=array(rewards, host.dtype),
+        mask=array(mask, torch.bool),
+        mask_mode=mask_mode,
+        bootstrap=array(bootstrap, host.dtype),
+        kl=array(kl, host.dtype),
+        kl_coef=kl_coef,
+        scores=array(scores, host.dtype),
+        whiten_eps=EPS if norm_adv else None,
+    )
+    return advantages.to(values.device), returns.to(values.device)
 
 
-def _implementation(device: torch.device) -> Callable[..., GAE]:
-    """The scan for a device; the one place that chooses."""
-    return gae_torch
+@_gae.register_kernel("cuda")
+def gae_triton(
+    values: Tensor,
+    cu_seqlens: Tensor,
+    rewards: Tensor | None,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    kl: Tensor | None,
+    scores: Tensor | None,
+    discounts: Tensor | None,
+    gamma: float,
+    gae_lambda: float,
+    returns_lambda: float | None,
+    kl_coef: float,
+    mask_mode: str,
+    norm_adv: bool,
+) -> tuple[Tensor, Tensor]:
+    """One or two launches, no host sync; a few more to whiten, or to find where scores go among
+    masked tokens that are not carried through."""
+    from fastppo_kernels.gae import gae_fwd
+
+    if scores is not None and mask is not None and mask_mode != "carry":
+        count = mask.long().cumsum(0)
+        sequence = segment_ids(cu_seqlens, mask.shape[0])
+        of_sequence = torch.cat([count.new_zeros(1), count])[cu_seqlens[1:].long()][sequence]
+        placed = torch.where(mask & (count == of_sequence), scores.to(values.dtype)[sequence], 0.0)
+        rewards = placed if rewards is None else rewards.to(values.dtype) + placed
+        scores = None
+    advantages, returns = gae_fwd(
+        values,
+        cu_seqlens,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        returns_lambda=returns_lambda,
+        rewards=rewards,
+        mask=mask,
+        mask_mode=mask_mode,
+        bootstrap=bootstrap,
+        kl=kl,
+        kl_coef=kl_coef,
+        scores=scores,
+        discounts=discounts,
+    )
+    return whiten_torch(advantages, mask, True) if norm_adv else advantages, returns
+
+
+@_gae.register_fake
+def _(values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(values), torch.empty_like(values)
 
 
 def gae(
-    rewards: Tensor,
+    rewards: Tensor | None,
     values: Tensor,
     cu_seqlens: Tensor,
     *,
-    gamma: float,
-    gae_lambda: float,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
     mask: Tensor | None = None,
     mask_mode: MaskMode = "carry",
     bootstrap: Tensor | None = None,
-    returns_lambda: float | None = None,
+    returns_lambda: float | Tensor | None = None,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.0,
+    scores: Tensor | None = None,
+    norm_adv: bool = False,
 ) -> GAE:
     """Advantages and returns of packed sequences.
 
     Args:
-        rewards, values: (N,) floating: reward of each token, value of the state before it.
+        rewards: (N,) floating, reward of each token; None: only kl and scores reward.
+        values: (N,) floating, value of the state before each token.
         cu_seqlens: (B+1,) int offsets of the sequences; empty sequences are fine.
-        gamma, gae_lambda: discount γ and λ, in [0, 1].
-        mask: (N,) bool, False for tokens the policy did not choose; None: all count. Values and
-            rewards there may be NaN, except in mask_mode "none".
+        gamma, gae_lambda: discount γ and λ in [0, 1], each a number or (B,), one per sequence.
+        mask: (N,) bool, False for tokens the policy did not choose; None: all count. Values,
+            rewards and kl there may be NaN, except values and rewards in mask_mode "none".
         mask_mode: "carry", "dense-zero" or "none", see the module.
         bootstrap: (B,) value of the state after the last token, for truncated sequences; 0 for
             finished ones; None: all 0.
         returns_lambda: λ of the critic's returns when it differs (arXiv 2503.01491); None:
-        gae_lambda.
+            gae_lambda.
+        kl: (N,) floating, nats, from `kl_penalty`; kl_coef·kl is taken off the rewards.
+        scores: (B,) floating, reward of a whole sequence, added at its last valid token.
+        norm_adv: whiten the advantages as `whiten(advantages, mask)` does; the returns are those of
+            the advantages before.
 
     Returns:
         GAE(advantages, returns), (N,) float32 without gradient; both 0 at masked tokens.
@@ -196,25 +256,47 @@ def gae(
     """
     check_tensor("values", values, ("N",))
     check_rows("rewards", rewards, values)
+    check_rows("kl", kl, values)
     check_cu_seqlens(cu_seqlens, values.shape[0], values.device)
-    check_unit_interval("gamma", gamma)
-    check_unit_interval("gae_lambda", gae_lambda)
+    num_sequences = cu_seqlens.shape[0] - 1
+    check_discount("gamma", gamma, num_sequences, values.device)
+    check_discount("gae_lambda", gae_lambda, num_sequences, values.device)
     if returns_lambda is not None:
-        check_unit_interval("returns_lambda", returns_lambda)
+        check_discount("returns_lambda", returns_lambda, num_sequences, values.device)
     if mask is not None:
         check_tensor("mask", mask, (values.shape[0],), (torch.bool,), values.device)
     check_choice("mask_mode", mask_mode, MASK_MODES)
-    if bootstrap is not None:
-        num_sequences = cu_seqlens.shape[0] - 1
-        check_tensor("bootstrap", bootstrap, (num_sequences,), device=values.device)
-    return _implementation(values.device)(
-        rewards.detach(),
-        values.detach(),
-        cu_seqlens,
-        mask,
-        None if bootstrap is None else bootstrap.detach(),
-        gamma=gamma,
-        gae_lambda=gae_lambda,
-        mask_mode=mask_mode,
-        returns_lambda=returns_lambda,
+    for name, x in (("bootstrap", bootstrap), ("scores", scores)):
+        if x is not None:
+            check_tensor(name, x, (num_sequences,), device=values.device)
+    numbers, discounts = _split_discounts(gamma, gae_lambda, returns_lambda, num_sequences)
+    inputs = [None if x is None else x.detach() for x in (rewards, mask, bootstrap, kl, scores)]
+    v = values.detach().to(compute_dtype(values))
+    return GAE(
+        *_gae(v, cu_seqlens, *inputs, discounts, *numbers, float(kl_coef), mask_mode, norm_adv)
     )
+
+
+def _split_discounts(
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    returns_lambda: float | Tensor | None,
+    num_sequences: int,
+) -> tuple[tuple[float, float, float | None], Tensor | None]:
+    """γ, λ and the critic's λ as numbers, or, where one of them is a tensor, stacked."""
+    if not (
+        isinstance(gamma, Tensor)
+        or isinstance(gae_lambda, Tensor)
+        or isinstance(returns_lambda, Tensor)
+    ):
+        critic = None if returns_lambda is None else float(returns_lambda)
+        return (float(gamma), float(gae_lambda), critic), None
+    factors = [x for x in (gamma, gae_lambda, returns_lambda) if x is not None]
+    device = next(x.device for x in factors if isinstance(x, Tensor))
+    rows = [
+        x.detach().to(torch.float64)
+        if isinstance(x, Tensor)
+        else torch.full((num_sequences,), x, dtype=torch.float64, device=device)
+        for x in factors
+    ]
+    return (0.0, 0.0, None), torch.stack(rows)

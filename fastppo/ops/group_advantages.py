@@ -47,19 +47,22 @@ def group_advantages_reference(scores: Tensor, group_ids: Tensor, *, kind: Kind)
 
 
 def group_advantages_torch(scores: Tensor, group_ids: Tensor, kind: str) -> Tensor:
-    """Sorted by group, then one segmented reduction each; deterministic. One sync on a GPU
-    (bincount)."""
+    """Sorted by group, then one segmented reduction each; deterministic, without host syncs."""
     if scores.numel() == 0:
         return scores.to(compute_dtype(scores))
     ids = torch.zeros_like(group_ids) if kind == "reinforce" else group_ids
     sorted_ids, order = torch.sort(ids, stable=True)
     starts = torch.cat([sorted_ids.new_zeros(1), sorted_ids.diff() != 0])
-    group = torch.empty_like(order).index_copy_(0, order, starts.cumsum(0))  # (B,) 0, 1, 2, ...
-    sizes = torch.bincount(group)
+    sorted_group = starts.cumsum(0)  # (B,) 0, 0, 1, 2, ...
+    group = torch.empty_like(order).index_copy_(0, order, sorted_group)
+    # How many groups there are is known to the device only: every completion could be its own.
+    numbers = torch.arange(len(ids), device=ids.device)
+    ends = torch.searchsorted(sorted_group, numbers, right=True)
+    offsets = torch.cat([ends.new_zeros(1), ends])
     scored = ~scores.isnan()
 
     def reduce(x: Tensor, how: str) -> Tensor:
-        return torch.segment_reduce(x[order], how, lengths=sizes, unsafe=True)[group]
+        return torch.segment_reduce(x[order], how, offsets=offsets, unsafe=True)[group]
 
     r = torch.where(scored, scores.double(), 0.0)
     n = reduce(scored.double(), "sum")

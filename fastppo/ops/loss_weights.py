@@ -52,7 +52,9 @@ def loss_weights_torch(
     if aggregation == "seq-mean-token-mean":
         counts = segment_sum(w, cu_seqlens).clamp(min=1.0)
         w = w / counts[segment_ids(cu_seqlens, w.shape[0])]
-    divisor = torch.as_tensor(total, dtype=torch.float32, device=w.device)
+    if not isinstance(total, Tensor):  # stays a number: copying it to a GPU would wait for it
+        return w / total if total > 0 else torch.zeros_like(w)
+    divisor = total.to(device=w.device, dtype=torch.float32)
     return torch.where(divisor > 0, w / divisor, 0.0)
 
 

@@ -1,9 +1,10 @@
 """Clipped squared error of the critic, with per-token weights.
 
-Shapes: N response tokens. With v the values, R the returns, ε the clip,
+Shapes: N response tokens. With v the values, R the returns, ε the clip, and ρ(x) = x²/2, or with
+huber = κ, κ·(|x| − κ/2) where |x| > κ,
 
-    loss = 0.5·Σ_t weights_t·max( (v − R)², (clip(v, v_old − ε, v_old + ε) − R)² )
-    ∂L/∂v = w·(v − R), or 0 where the clipped branch is the larger one
+    loss = Σ_t weights_t·max( ρ(v − R), ρ(clip(v, v_old − ε, v_old + ε) − R) )
+    ∂L/∂v = w·ρ'(v − R), or 0 where the clipped branch is the larger one
 
 Source: CleanRL ppo.py, `clip_vloss`. With a badly initialised critic the clip freezes learning:
 clip=None turns it off. `weights` hold mask and normaliser, so micro-batches add up exactly.
@@ -61,15 +62,23 @@ def value_loss_reference(
     weights: Tensor,
     *,
     clip: float | None,
+    huber: float | None = None,
 ) -> ValueLoss:
     """Plain torch over the valid tokens picked out; the loss differentiable by autograd."""
+
+    def size(x: Tensor) -> Tensor:
+        zeros = torch.zeros_like(x)
+        if huber is None:
+            return x.square()
+        return 2 * torch.nn.functional.huber_loss(x, zeros, reduction="none", delta=huber)
+
     keep = weights != 0
     v, target = values[keep], returns[keep]
-    error = square = (v - target).square()
+    error = square = size(v - target)
     if clip is not None:
         assert old_values is not None
         old = old_values[keep]
-        square = torch.max(error, (torch.clamp(v, old - clip, old + clip) - target).square())
+        square = torch.max(error, size(torch.clamp(v, old - clip, old + clip) - target))
     loss = 0.5 * (weights[keep] * square).sum()
     moments = []
     for x in (target, target - v):
@@ -81,9 +90,14 @@ def value_loss_reference(
 
 
 def value_rows(
-    values: Tensor, old_values: Tensor | None, returns: Tensor, weights: Tensor, clip: float | None
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    weights: Tensor,
+    clip: float | None,
+    huber: float | None,
 ) -> ValueRows:
-    """Loss, gradient and metrics in plain torch on either device."""
+    """Loss, gradient and metrics in plain torch on any device."""
     dtype = compute_dtype(values)
     w = weights.to(dtype)
     valid = w != 0
@@ -91,14 +105,21 @@ def value_rows(
     v = torch.where(valid, values.to(dtype), zero)
     target = torch.where(valid, returns.to(dtype), zero)
     error = v - target
-    square, slope, cut = error.square(), error, torch.zeros_like(valid)
+
+    def size(x: Tensor) -> Tensor:
+        if huber is None:
+            return x.square()
+        return torch.where(x.abs() > huber, huber * (2 * x.abs() - huber), x.square())
+
+    square, cut = size(error), torch.zeros_like(valid)
+    slope = error if huber is None else error.clamp(-huber, huber)
     if clip is not None:
         assert old_values is not None
         old = torch.where(valid, old_values.to(dtype), zero)
-        clipped_square = (torch.clamp(v, old - clip, old + clip) - target).square()
+        clipped_square = size(torch.clamp(v, old - clip, old + clip) - target)
         cut = clipped_square > square
         square = torch.maximum(square, clipped_square)
-        slope = torch.where(cut, zero, error)
+        slope = torch.where(cut, zero, slope)
     loss = 0.5 * (w * square).sum()
 
     count = valid.sum().to(dtype)
@@ -156,9 +177,54 @@ def reduce_value_metrics(vectors: Tensor | Sequence[Tensor]) -> dict[str, Tensor
     }
 
 
-def _implementation(device: torch.device) -> Callable[..., ValueRows]:
+@torch.library.custom_op(
+    "fastppo::value_rows",
+    mutates_args=(),
+    schema="(Tensor values, Tensor? old_values, Tensor returns, Tensor weights, float? clip, "
+    "float? huber) -> (Tensor, Tensor, Tensor)",
+)
+def value_rows_op(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    weights: Tensor,
+    clip: float | None,
+    huber: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One call that torch.compile does not look into; `value_rows` where no kernel is."""
+    loss, grad, metrics = value_rows(values, old_values, returns, weights, clip, huber)
+    return loss, grad, metrics
+
+
+@value_rows_op.register_kernel("cuda")
+def value_rows_triton(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    weights: Tensor,
+    clip: float | None,
+    huber: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two launches: tokens, then the blocks' metrics. float64, for gradcheck, in torch: numbers
+    reach a kernel as float32."""
+    if values.dtype == torch.float64:
+        loss, grad, metrics = value_rows(values, old_values, returns, weights, clip, huber)
+        return loss, grad, metrics
+    from fastppo_kernels import value_loss
+
+    return value_loss.value_rows(values, old_values, returns, weights, clip, huber)
+
+
+@value_rows_op.register_fake
+def _(values: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(values)
+    metrics = values.new_empty(len(VALUE_METRIC_NAMES), dtype=torch.float32)
+    return values.new_empty((), dtype=dtype), torch.empty_like(values, dtype=dtype), metrics
+
+
+def _implementation(device: torch.device) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Loss, gradient and metrics in one call, for a device; the one place that chooses."""
-    return value_rows
+    return value_rows_op if device.type == "cuda" else value_rows
 
 
 class _ValueLoss(torch.autograd.Function):
@@ -170,18 +236,20 @@ class _ValueLoss(torch.autograd.Function):
         returns: Tensor,
         weights: Tensor,
         clip: float | None,
+        huber: float | None,
     ) -> tuple[Tensor, Tensor]:
-        rows = _implementation(values.device)(values, old_values, returns, weights, clip)
-        ctx.save_for_backward(rows.value_grad)
+        rows = _implementation(values.device)
+        loss, value_grad, metrics = rows(values, old_values, returns, weights, clip, huber)
+        ctx.save_for_backward(value_grad)
         ctx.dtype = values.dtype
-        ctx.mark_non_differentiable(rows.metrics)
-        return rows.loss, rows.metrics
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (value_grad,) = ctx.saved_tensors
-        return (grad * value_grad).to(ctx.dtype), None, None, None, None
+        return (grad * value_grad).to(ctx.dtype), None, None, None, None, None
 
 
 _apply: Callable[..., tuple[Tensor, Tensor]] = _ValueLoss.apply
@@ -194,6 +262,7 @@ def value_loss(
     weights: Tensor,
     *,
     clip: float | None = 0.2,
+    huber: float | None = None,
 ) -> ValueLoss:
     """Weighted, clipped value loss and its metrics.
 
@@ -203,19 +272,23 @@ def value_loss(
         returns: (N,) constant targets.
         weights: (N,) from `loss_weights`: 0 for masked tokens, which may hold NaN anywhere.
         clip: largest move of a value away from old_values, in reward units; None: no clip.
+        huber: error beyond which the loss grows linearly, in reward units; None: squared.
 
     Returns:
         ValueLoss(loss, metrics). Without valid tokens the loss and the gradient are 0.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, a negative clip, or old_values missing.
+        TypeError, ValueError: wrong dtype, shape, device, a clip or huber out of
+            range, or old_values missing.
     """
     check_tensor("values", values, ("N",))
     for name, x in (("old_values", old_values), ("returns", returns), ("weights", weights)):
         check_rows(name, x, values)
     if clip is not None and not clip >= 0:
         raise ValueError(f"clip: expected None or a number >= 0, got {clip}")
+    if huber is not None and not huber > 0:
+        raise ValueError(f"huber: expected None or a number > 0, got {huber}")
     if clip is not None and old_values is None:
         raise ValueError(f"old_values: clip = {clip} needs a (N,) tensor, got None")
     constants = [None if x is None else x.detach() for x in (old_values, returns, weights)]
-    return ValueLoss(*_apply(values, *constants, clip))
+    return ValueLoss(*_apply(values, *constants, clip, huber))

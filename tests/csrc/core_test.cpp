@@ -8,6 +8,7 @@
 #include <random>
 
 #include "../../csrc/balance_core.hpp"
+#include "../../csrc/gae_core.hpp"
 #include "../../csrc/pack_core.hpp"
 
 namespace {
@@ -109,6 +110,66 @@ void group_once(std::mt19937& rng) {
   }
 }
 
+// At γ = λ = 1 a return is the sum of the rewards from its token on, KL and score included.
+template <typename T>
+void gae_once(std::mt19937& rng) {
+  std::vector<std::int64_t> offsets{0};
+  for (std::size_t b = rng() % 5; b > 0; --b) {
+    offsets.push_back(offsets.back() + static_cast<std::int64_t>(rng() % 6));
+  }
+  const auto n = static_cast<std::size_t>(offsets.back());
+  const std::size_t sequences = offsets.size() - 1;
+  std::vector<T> rewards(n), values(n), kl(n, T{2}), scores(sequences, T{5}), end(sequences, T{1});
+  std::vector<std::uint8_t> mask(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    rewards[i] = static_cast<T>(rng() % 9);
+    values[i] = static_cast<T>(rng() % 9);
+    mask[i] = static_cast<std::uint8_t>(rng() % 2);
+  }
+  std::vector<T> advantages(n), returns(n);
+  const std::vector<double> ones(sequences, 1.0);
+  GaeInputs<T> in;
+  in.offsets = offsets.data();
+  in.num_sequences = static_cast<std::int64_t>(sequences);
+  in.rewards = rewards.data();
+  in.values = values.data();
+  in.mask = mask.data();
+  in.kl = kl.data();
+  in.kl_coef = 0.5;
+  in.bootstrap = end.data();
+  in.scores = scores.data();
+  in.gamma = in.actor_lambda = {ones.data(), 1};
+  if (rng() % 2) in.critic_lambda = {ones.data(), 1};
+  gae(in, MaskMode::carry, advantages.data(), returns.data());
+  for (std::size_t b = 0; b < sequences; ++b) {
+    T expected = T{1};
+    bool last = true;
+    for (auto i = static_cast<std::size_t>(offsets[b + 1]);
+         i-- > static_cast<std::size_t>(offsets[b]);) {
+      if (mask[i] != 0) expected += rewards[i] - T{1} + (last ? T{5} : T{0});
+      if (mask[i] != 0) last = false;
+      check(returns[i] == (mask[i] != 0 ? expected : T{0}), "return");
+      check(advantages[i] == (mask[i] != 0 ? expected - values[i] : T{0}), "advantage");
+    }
+  }
+  for (const MaskMode mode : {MaskMode::dense_zero, MaskMode::none}) {
+    gae(in, mode, advantages.data(), returns.data());
+  }
+  vtrace_sequences<true>(in, kl.data(), 1.0, 1.0, advantages.data(), returns.data());
+  for (std::size_t i = 0; i < n; ++i) {
+    check(mask[i] != 0 || returns[i] == T{0}, "masked V-trace target");
+  }
+  if (n > 0) {  // one step of n environments, every episode over: the advantage is r − V
+    const std::vector<std::uint8_t> over(n, 1);
+    gae_classic<T>(1, offsets.back(), rewards.data(), values.data(), values.data(), over.data(),
+                   nullptr, nullptr, 1.0, 1.0, advantages.data(), returns.data());
+    for (std::size_t i = 0; i < n; ++i) check(returns[i] == rewards[i], "last step");
+  }
+  gae(in, MaskMode::carry, advantages.data(), returns.data());
+  whiten(rng() % 2 ? mask.data() : nullptr, offsets.back(), 1e-8, advantages.data());
+  for (const T x : advantages) check(std::isfinite(x), "whitened");
+}
+
 }  // namespace
 
 int main() {
@@ -116,6 +177,8 @@ int main() {
   for (int i = 0; i < 2000; ++i) {
     pack_once(rng);
     group_once(rng);
+    gae_once<float>(rng);
+    gae_once<double>(rng);
   }
   bad_token<std::int8_t>(-1, Dtype::i8);
   bad_token<std::int16_t>(-1, Dtype::i16);

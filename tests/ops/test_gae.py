@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastppo.ops import gae, gae_reference
+from fastppo.ops import gae, gae_reference, kl_penalty, whiten
 
 # Empty sequences, single tokens, one block of 64 and its neighbours, several levels of blocks.
 LENGTHS = [[], [0], [1], [3, 0, 1, 5], [63, 64, 65, 0, 1], [4099, 2, 130]]
@@ -225,6 +225,176 @@ def test_result_is_a_constant_and_autocast_does_not_touch_it(rng):
     assert not plain.returns.requires_grad
 
 
+MODES = ["carry", "dense-zero", "none"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_every_option_against_the_loop(mode, masked, per_sequence, dtype, rng):
+    lengths = [3, 0, 1, 70, 5]
+    rewards, values, cu = packed(lengths, rng)
+    kl, scores = torch.randn(len(values), generator=rng), torch.randn(5, generator=rng)
+    rewards, values = rewards.to(dtype), values.to(dtype)
+    options = {
+        "gamma": torch.rand(5, generator=rng) if per_sequence else 0.97,
+        "gae_lambda": torch.rand(5, generator=rng) if per_sequence else 0.9,
+        "returns_lambda": torch.rand(5, generator=rng) if per_sequence else 1.0,
+        "mask": torch.rand(len(values), generator=rng) < 0.7 if masked else None,
+        "mask_mode": mode,
+        "bootstrap": torch.randn(5, generator=rng, dtype=torch.float64).to(dtype),
+        "kl": kl.to(dtype),
+        "kl_coef": 0.05,
+        "scores": scores.to(dtype),
+    }
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
+    for rewarded in (True, False):
+        given = rewards if rewarded else None
+        truth = gae_reference(given, values.double(), cu, **options)
+        result = gae(given, values, cu, **options)
+        assert result.advantages.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        for x, y in zip(result, truth, strict=True):
+            torch.testing.assert_close(x.double(), y, **(tolerance or {"rtol": 1e-6, "atol": 1e-6}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_integers_are_exact_in_every_mode(mode, rng):
+    lengths = [40, 0, 1, 300, 17]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    n = int(cu[-1])
+    rewards, values, kl = torch.randint(-4, 5, (3, n), generator=rng).float()
+    options = {
+        "gamma": 1.0,
+        "gae_lambda": 1.0,
+        "returns_lambda": 0.0,
+        "mask": torch.rand(n, generator=rng) < 0.6,
+        "mask_mode": mode,
+        "bootstrap": torch.randint(-4, 5, (5,), generator=rng).float(),
+        "kl": kl,
+        "kl_coef": 2.0,
+        "scores": torch.randint(-4, 5, (5,), generator=rng).float(),
+    }
+    result, truth = (f(rewards, values, cu, **options) for f in (gae, gae_reference))
+    assert torch.equal(result.advantages, truth.advantages)
+    assert torch.equal(result.returns, truth.returns)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.999])
+def test_a_sequence_of_200_000_tokens(gamma, rng):
+    rewards, values, cu = packed([200_000, 1], rng, torch.float32)
+    result = gae(rewards, values, cu, gamma=gamma, gae_lambda=1.0)
+    weighted = torch.cat([rewards[:-1].double(), torch.zeros(1, dtype=torch.float64)])
+    if gamma == 1.0:  # λ = 1: returns are the discounted rewards to go
+        to_go = rewards[:-1].double().flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(result.returns[:-1].double(), to_go, rtol=1e-6, atol=1e-5)
+    t = 199_000
+    powers = gamma ** torch.arange(1000, dtype=torch.float64)
+    expected = (weighted[t:-1] * powers).sum()
+    torch.testing.assert_close(result.returns[t].double(), expected, rtol=1e-6, atol=1e-5)
+    assert result.returns[-1] == rewards[-1]
+
+
+def test_splitting_a_sequence_with_a_bootstrap(rng):
+    """The first half lacks exactly what decays into it: (γλ)^(k−t)·A_k."""
+    rewards, values, cu = packed([90], rng)
+    gamma, lam, k = 0.99, 0.95, 37
+    whole = gae(rewards, values, cu, gamma=gamma, gae_lambda=lam).advantages
+    bootstrap = torch.stack([values[k], values.new_zeros(())])
+    options = {"gamma": gamma, "gae_lambda": lam, "bootstrap": bootstrap}
+    halves = gae(rewards, values, torch.tensor([0, k, 90]), **options).advantages
+    assert torch.equal(halves[k:], whole[k:])
+    missing = (gamma * lam) ** (k - torch.arange(k, dtype=torch.float64)) * whole[k]
+    torch.testing.assert_close(halves[:k] + missing, whole[:k], rtol=1e-12, atol=1e-12)
+
+
+def test_the_order_of_sequences_does_not_matter(rng):
+    lengths = [5, 0, 130, 1, 64]
+    rewards, values, cu = packed(lengths, rng, torch.float32)
+    mask = torch.rand(200, generator=rng) < 0.7
+    bootstrap, lam = torch.randn(5, generator=rng), torch.rand(5, generator=rng)
+    options = {"gamma": 0.99, "mask_mode": "carry"}
+    result = gae(
+        rewards, values, cu, mask=mask, bootstrap=bootstrap, gae_lambda=lam, **options
+    ).advantages
+    order = [3, 4, 1, 0, 2]
+    rows = torch.cat([torch.arange(200).split(lengths)[i] for i in order])
+    moved = gae(
+        rewards[rows],
+        values[rows],
+        torch.tensor([0, 1, 65, 65, 70, 200]),
+        mask=mask[rows],
+        bootstrap=bootstrap[order],
+        gae_lambda=lam[order],
+        **options,
+    ).advantages
+    assert torch.equal(moved, result[rows])
+
+
+def test_kl_and_scores_are_rewards(rng):
+    rewards, values, cu = packed([12, 9, 2], rng)
+    mask = torch.cat([tool_masks(rng, [12, 9]), torch.zeros(2, dtype=torch.bool)])
+    logprobs, ref = torch.randn(2, 23, generator=rng, dtype=torch.float64)
+    kl, scores = kl_penalty(logprobs, ref, estimator="k1"), torch.tensor([1.0, -2.0, 5.0])
+    shaped = rewards - torch.where(mask, 0.3 * kl, 0.0)
+    for i, (start, stop) in enumerate([(0, 12), (12, 21)]):
+        shaped[start + int(mask[start:stop].nonzero()[-1])] += scores[i]
+    options = {"gamma": 0.9, "gae_lambda": 0.8, "mask": mask}
+    by_hand = gae(shaped, values, cu, **options)
+    poison = torch.where(mask, kl, torch.nan)
+    folded = gae(rewards, values, cu, kl=poison, kl_coef=0.3, scores=scores, **options)
+    torch.testing.assert_close(folded, by_hand)
+    assert (folded.advantages[21:] == 0).all()  # nothing valid to put a score on
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_norm_adv_whitens_the_advantages_only(masked, rng):
+    rewards, values, cu = packed([30, 7, 1], rng, torch.float32)
+    mask = torch.rand(38, generator=rng) < 0.5 if masked else None
+    options = {"gamma": 1.0, "gae_lambda": 0.9, "mask": mask}
+    plain = gae(rewards, values, cu, **options)
+    normed = gae(rewards, values, cu, norm_adv=True, **options)
+    torch.testing.assert_close(normed.advantages, whiten(plain.advantages, mask))
+    assert torch.equal(normed.returns, plain.returns)
+
+
+@pytest.mark.parametrize("valid", [0, 1, 5])
+def test_norm_adv_of_equal_advantages_is_zero(valid):
+    mask = torch.arange(5) < valid
+    options = {"gamma": 0.0, "gae_lambda": 0.0, "mask": mask, "norm_adv": True}
+    result = gae(torch.full((5,), 0.1), torch.full((5,), 3.3), torch.tensor([0, 5]), **options)
+    assert (result.advantages == 0).all()
+
+
+def test_not_contiguous_inputs(rng):
+    rewards, values, cu = packed([30], rng)
+    strided = [torch.stack([x, x], 1)[:, 0] for x in (rewards, values)]
+    expected = gae(rewards, values, cu, gamma=0.9, gae_lambda=0.9)
+    assert torch.equal(gae(*strided, cu, gamma=0.9, gae_lambda=0.9).returns, expected.returns)
+
+
+def test_custom_op(rng):
+    rewards, values, cu = packed([30, 0, 7], rng, torch.float32)
+    mask = torch.rand(37, generator=rng) < 0.5
+    discounts = torch.rand(3, 3, generator=rng, dtype=torch.float64)
+    for optional in ((None,) * 6, (rewards, mask, rewards[:3], values, values[:3], discounts)):
+        torch.library.opcheck(
+            torch.ops.fastppo.gae.default,
+            (values, cu, *optional, 0.9, 0.8, 1.0, 0.1, "carry", True),
+        )
+
+
+def test_compiles_without_a_graph_break(rng):
+    rewards, values, cu = packed([30, 7], rng, torch.float32)
+
+    def both(r, v):
+        advantages, returns = gae(r, v, cu, gamma=0.9, gae_lambda=0.8, scores=torch.ones(2))
+        return advantages + returns
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rewards, values), both(rewards, values))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -239,6 +409,18 @@ def test_result_is_a_constant_and_autocast_does_not_touch_it(rng):
         ({"mask": torch.ones(4)}, TypeError, "mask: expected dtype bool, got float32"),
         ({"mask_mode": "zero"}, ValueError, "mask_mode: expected one of carry, dense-zero, none"),
         ({"bootstrap": torch.zeros(2)}, ValueError, r"bootstrap: expected shape \(1,\)"),
+        ({"scores": torch.zeros(4)}, ValueError, r"scores: expected shape \(1,\), got \(4,\)"),
+        ({"kl": torch.zeros(3)}, ValueError, r"kl: expected shape \(4,\), got \(3,\)"),
+        ({"gamma": torch.tensor([1.5])}, ValueError, r"gamma: .*\[0, 1\], got 1.5 to 1.5"),
+        ({"gae_lambda": torch.zeros(2)}, ValueError, r"gae_lambda: expected shape \(1,\)"),
+        ({"gamma": float("nan")}, ValueError, r"gamma: .*\[0, 1\], got nan"),
+        ({"rewards": torch.zeros(4, device="meta")}, ValueError, "rewards: expected device cpu"),
+        (
+            {"cu_seqlens": torch.tensor([0, 4], device="meta")},
+            ValueError,
+            "cu_seqlens: expected device cpu, got meta",
+        ),
+        ({"values": torch.zeros(4, dtype=torch.int64)}, TypeError, "values: expected dtype"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
@@ -251,3 +433,19 @@ def test_bad_arguments_are_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         gae(**(args | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[200_000, 0, 1, 5000], [7] * 3000], ids=["long", "short"])
+@pytest.mark.parametrize("mode", MODES)
+def test_on_a_gpu(lengths, mode, rng):
+    rewards, values, cu = packed(lengths, rng, torch.float32)
+    given = {"mask": torch.rand(len(values), generator=rng) < 0.7}
+    given |= {"scores": torch.randn(len(lengths), generator=rng), "kl": rewards.flip(0)}
+    options = {"gamma": 1.0, "gae_lambda": 1.0, "returns_lambda": 0.9, "mask_mode": mode}
+    options |= {"kl_coef": 0.1, "norm_adv": True}
+    expected = gae(rewards, values, cu, **given, **options)
+    on_gpu = {name: x.cuda() for name, x in given.items()}
+    result = gae(rewards.cuda(), values.cuda(), cu.cuda(), **on_gpu, **options)
+    for x, y in zip(result, expected, strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))

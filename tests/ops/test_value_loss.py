@@ -21,23 +21,47 @@ def inputs(n, rng):
     return values, old, returns, weights
 
 
-def run(fn, args, clip):
+def run(fn, args, clip, huber=None):
     v = args[0].detach().clone().requires_grad_()
-    out = fn(v, *args[1:], clip=clip)
+    out = fn(v, *args[1:], clip=clip, huber=huber)
     (grad,) = torch.autograd.grad(3.0 * out.loss, v)
     return out.loss.detach(), grad, out.metrics
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 257])
 @pytest.mark.parametrize("clip", [None, 0.0, 0.2])
+@pytest.mark.parametrize("huber", [None, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_against_float64(n, clip, dtype, rng, no_worse):
+def test_against_float64(n, clip, huber, dtype, rng, no_worse):
     args = inputs(n, rng)
     args = [args[0].to(dtype), *args[1:]]
-    truth = run(value_loss_reference, [x.double() for x in args], clip)
-    plain = run(value_loss_reference, args, clip)
-    for a, b, c in zip(run(value_loss, args, clip), plain, truth, strict=True):
+    truth = run(value_loss_reference, [x.double() for x in args], clip, huber)
+    plain = run(value_loss_reference, args, clip, huber)
+    for a, b, c in zip(run(value_loss, args, clip, huber), plain, truth, strict=True):
         no_worse(a, b, c)
+
+
+def test_huber_is_quadratic_near_and_linear_far():
+    v = torch.tensor([0.5, 3.0, -3.0], requires_grad=True)
+    out = value_loss(v, None, torch.zeros(3), torch.ones(3), clip=None, huber=1.0)
+    out.loss.backward()
+    assert out.loss.item() == 0.125 + 2.5 + 2.5
+    assert v.grad.tolist() == [0.5, 1.0, -1.0]
+
+
+def test_custom_op(rng):
+    v, old, returns, w = inputs(30, rng)
+    for optional in ((None, None), (0.2, None), (0.2, 0.5)):
+        torch.library.opcheck(torch.ops.fastppo.value_rows.default, (v, old, returns, w, *optional))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo
+def test_compiles_without_a_graph_break(rng):
+    v, old, returns, w = inputs(30, rng)
+    compiled = torch.compile(value_loss, fullgraph=True, backend="aot_eager")
+    expected, result = (run(f, (v, old, returns, w), 0.2) for f in (value_loss, compiled))
+    for a, b in zip(result, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_cleanrl_expression(rng):
@@ -112,6 +136,9 @@ def test_bad_arguments_are_named():
         value_loss(z, None, z, z)
     with pytest.raises(ValueError, match="clip: expected None or a number >= 0, got -1"):
         value_loss(z, z, z, z, clip=-1)
+    for huber in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="huber: expected None or a number > 0, got"):
+            value_loss(z, z, z, z, huber=huber)
     with pytest.raises(ValueError, match=r"returns: expected shape \(3,\), got \(2,\)"):
         value_loss(z, z, z[:2], z)
     with pytest.raises(TypeError, match="weights: .* got bool"):
