@@ -17,7 +17,10 @@ INTS = (torch.int32, torch.int64)
 
 
 def may_read_values(x: Tensor) -> bool:
-    """True where looking at values costs no device sync, or where the user asked for debugging."""
+    """True where looking at values costs no device sync, or where the user asked for debugging;
+    not while torch.compile traces, where there are no values."""
+    if torch.compiler.is_compiling():
+        return False
     return x.device.type == "cpu" or torch.is_anomaly_enabled()
 
 

@@ -47,10 +47,7 @@ def linear_logprobs_reference(
 ) -> LogProbs:
     """Full [N, V] logits, then `token_logprobs_reference`; differentiable by autograd."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits.to(compute_dtype(logits))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return token_logprobs_reference(logits, targets, temperature=temperature)
+    return token_logprobs_reference(logits, targets, temperature=temperature, softcap=softcap)
 
 
 def linear_logprobs_forward(
