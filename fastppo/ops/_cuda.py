@@ -6,10 +6,17 @@ first meets a CUDA tensor, because Triton does not exist everywhere.
 
 from __future__ import annotations
 
+import torch
 from fastppo_kernels import custom_ops as kernels
+from fastppo_kernels.ppo_rows import PPOKnobs
 from torch import Tensor
 
+from fastppo.ops._head import Head, HeadGradients, HeadOptions, chunks
+from fastppo.ops._ppo_config import PPOLossConfig
+from fastppo.ops._ppo_metrics import NUM_SUMS
+from fastppo.ops._ppo_rows import PPOInputs, ppo_rows
 from fastppo.ops._rows import RowStats
+from fastppo.ops.kl_penalty import KL_ESTIMATORS
 
 
 def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
@@ -49,3 +56,49 @@ def row_gradient(
         kernels.token_logprobs_bwd_op_(logits, *rows)
     else:
         kernels.token_logprobs_bwd_out_op(logits, *rows, out)
+
+
+def _knobs(config: PPOLossConfig) -> PPOKnobs:
+    return PPOKnobs(
+        low=1 - config.clip_coef_low,
+        high=1 + config.clip_coef_high,
+        dual_clip=float("inf") if config.dual_clip is None else config.dual_clip,
+        kl_coef=config.kl_coef,
+        ent_coef=config.ent_coef,
+        is_cap=config.is_cap,
+        is_low=config.is_low,
+        is_high=config.is_high,
+        kl=1 + KL_ESTIMATORS.index(config.kl_estimator),
+        correction=(None, "tis", "icepop").index(config.is_correction),
+    )
+
+
+def linear_ppo_loss_sweep(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    inputs: PPOInputs,
+    config: PPOLossConfig,
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """As `linear_ppo_loss.linear_ppo_loss_sweep`: per chunk one product, one launch that turns the
+    logits into their gradient, and the products of the gradients."""
+    total = HeadGradients(hidden, head, options)
+    if hidden.shape[0] == 0:
+        empty = hidden.new_zeros(0, dtype=torch.float32)
+        part = ppo_rows(empty, empty, inputs, config)
+        return part.loss, part.metrics, total.finish()
+    knobs = _knobs(config).flat()
+    parts = []
+    for rows, buffer in chunks(hidden, head.weight.shape[0], options.chunk_bytes):
+        logits = head.logits(hidden[rows], out=buffer)
+        per_row = [None if x is None else x[rows].contiguous() for x in inputs]
+        tau = _temperature(options.temperature_at(rows))
+        at = (targets[rows].contiguous(), *per_row, *knobs, *tau, options.softcap)
+        parts.append(kernels.ppo_rows_op_(logits, *at, options.needs_grad))
+        if options.needs_grad:
+            total.add(rows, logits)
+    entries = torch.cat(parts, dim=1)  # the loss, then PPO_METRIC_NAMES; (., N)
+    sums = entries.sum(dim=1)
+    metrics = torch.cat([sums[1 : 1 + NUM_SUMS], entries[1 + NUM_SUMS :].amax(dim=1)])
+    return sums[0], metrics, total.finish()

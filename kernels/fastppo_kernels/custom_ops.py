@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from fastppo_kernels.ppo_rows import ENTRIES, PPOKnobs, ppo_rows
 from fastppo_kernels.token_logprobs import (
     RowStatistics,
     token_logprobs_bwd_out,
@@ -101,3 +102,39 @@ def token_logprobs_bwd_op_(
     token_logprobs_bwd_out(
         logits, targets, stats, logprobs_grad, entropy_grad, tau, softcap, logits
     )
+
+
+@custom_op(
+    "fastppo::ppo_rows_",
+    mutates_args={"logits"},
+    schema="(Tensor(a!) logits, Tensor targets, Tensor old_logprobs, Tensor advantages, "
+    "Tensor weights, Tensor? ref_logprobs, Tensor? rollout_logprobs, float[] numbers, int kl, "
+    "int correction, float temperature, Tensor? temperatures, float? softcap, bool needs_grad) "
+    "-> Tensor",
+)
+def ppo_rows_op_(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    numbers: list[float],
+    kl: int,
+    correction: int,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    needs_grad: bool,
+) -> Tensor:
+    """See `ppo_rows`; numbers and kl, correction are `PPOKnobs.flat()`."""
+    inputs = (old_logprobs, advantages, weights, ref_logprobs, rollout_logprobs)
+    knobs = PPOKnobs.from_flat(numbers, kl, correction)
+    tau = temperature if temperatures is None else temperatures
+    return ppo_rows(logits, targets, *inputs, knobs, tau, softcap, needs_grad)
+
+
+@ppo_rows_op_.register_fake
+def _(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty((len(ENTRIES), logits.shape[0]), dtype=torch.float32)

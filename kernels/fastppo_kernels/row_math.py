@@ -61,6 +61,8 @@ def row_statistics(
     """logprob, entropy, max x and ln Σ e^{z − max z} of one row, float32. A target outside [0, V)
     gives a NaN logprob."""
     k = LOG2_E / tau
+    inside = (target >= 0) & (target < vocab)
+    x_target = tl.load(row_ptr + target.to(tl.int64) * stride_col, mask=inside, other=float("nan"))
     lane = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     m = tl.full([BLOCK // WIDTH], LOWEST, tl.float32)
     s = tl.zeros([BLOCK // WIDTH], tl.float32)
@@ -83,8 +85,6 @@ def row_statistics(
     u_row = tl.sum(rescale * (u + s * shift), axis=0)
     s_row = tl.sum(rescale * s, axis=0)
     log_sum = tl.log(s_row)
-    inside = (target >= 0) & (target < vocab)
-    x_target = tl.load(row_ptr + target.to(tl.int64) * stride_col, mask=inside, other=float("nan"))
     x_target = capped(x_target.to(tl.float32), softcap, HAS_SOFTCAP)
     # Comparisons, not minimum and maximum, which may drop a NaN.
     logprob = (x_target - m_row) / tau - log_sum
