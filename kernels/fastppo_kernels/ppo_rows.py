@@ -224,6 +224,7 @@ def ppo_rows_kernel(
     if HAS_ENTROPY_GRAD:
         h = -ent_coef * w
 
+    # A row that does not count has r = 1 and A = 0: outside no bound.
     below, above = r < low, r > high
     one = tl.where(valid, 1.0, 0.0)
     at = entries_ptr + row
@@ -231,10 +232,10 @@ def ppo_rows_kernel(
     tl.store(at + 1 * stride_entry, one)
     tl.store(at + 2 * stride_entry, policy_loss)
     tl.store(at + 3 * stride_entry, kl_loss)
-    tl.store(at + 4 * stride_entry, one * (below | above).to(tl.float32))
-    tl.store(at + 5 * stride_entry, one * (below & (adv < 0)).to(tl.float32))
-    tl.store(at + 6 * stride_entry, one * (above & (adv > 0)).to(tl.float32))
-    tl.store(at + 7 * stride_entry, one * bounded.to(tl.float32))
+    tl.store(at + 4 * stride_entry, (below | above).to(tl.float32))
+    tl.store(at + 5 * stride_entry, (below & (adv < 0)).to(tl.float32))
+    tl.store(at + 6 * stride_entry, (above & (adv > 0)).to(tl.float32))
+    tl.store(at + 7 * stride_entry, bounded.to(tl.float32))
     tl.store(at + 8 * stride_entry, k3(log_ratio))
     tl.store(at + 9 * stride_entry, -log_ratio)
     tl.store(at + 10 * stride_entry, ent)

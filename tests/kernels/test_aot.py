@@ -47,6 +47,18 @@ def test_compiles_within_limits(name, target):
     assert made.wide_loads >= limit["wide_loads"]
 
 
+def test_profile_prints_the_table(capsys, monkeypatch):
+    from fastppo.cli import main
+
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["profile", "--aot", "--target", "gfx942"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in cases())
+    assert shown.count("gfx942") == len(cases())
+    assert main(["profile", "--aot", "--target", "sm_1"]) == 2
+    assert "--target: expected one of sm_80, sm_90" in capsys.readouterr().err
+
+
 def loosen() -> None:
     """Rewrite the limits so that the kernels as they are pass; print what they became."""
     old = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
