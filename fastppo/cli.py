@@ -1,4 +1,4 @@
-"""The command line: `fastppo train | demo | doctor`.
+"""The command line: `fastppo train | demo | doctor | profile`.
 
 `train` reads one TOML file and overrides its values by flags: both go through the same parser, so
 a value means the same and is checked the same wherever it stands.
@@ -26,6 +26,7 @@ _USAGE = """usage: fastppo COMMAND [options]
   train    train a language model with PPO    fastppo train --config examples/arithmetic.toml
   demo     watch a tiny model learn, in 15 s  fastppo demo
   doctor   check this machine and a model     fastppo doctor --model MODEL
+  profile  what the kernels compile to        fastppo profile --aot
 
 fastppo COMMAND --help lists the options of a command."""
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     one line and 130.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "demo": _demo, "doctor": _doctor}
+    commands = {"train": _train, "demo": _demo, "doctor": _doctor, "profile": _profile}
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE)
         return 0
@@ -202,6 +203,18 @@ def _doctor(argv: Sequence[str]) -> int:
         return tyro.cli(doctor, prog="fastppo doctor", args=list(argv))
     except (ValueError, OSError) as error:
         return _refused("doctor", error)
+
+
+def _profile(argv: Sequence[str]) -> int:
+    import tyro
+
+    from fastppo.profile import profile
+
+    try:
+        tyro.cli(profile, prog="fastppo profile", args=list(argv))
+    except (ValueError, ImportError) as error:
+        return _refused("profile", error)
+    return 0
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def chunks(hidden: Tensor, vocab: int, chunk_bytes: int | None) -> Iterator[tupl
         most -= most % ROW_MULTIPLE
         even = -(-n // -(-n // most))  # equal chunks, no short tail
         most = -(-even // ROW_MULTIPLE) * ROW_MULTIPLE
-    buffer = hidden.new_empty((min(most, n), vocab))
+    # On a GPU rows start at multiples of 16 elements: its loads are 16 bytes wide only then.
+    stride = -(-vocab // 16) * 16 if hidden.is_cuda else vocab
+    buffer = hidden.new_empty((min(most, n), stride))[:, :vocab]
     for start in range(0, n, most):
         stop = min(start + most, n)
         yield slice(start, stop), buffer[: stop - start]
@@ -104,7 +106,9 @@ class HeadGradients:
             torch.mm(logits_grad, self._head.weight, out=self.hidden[rows])
         if self._needs_weight:
             transposed, x = logits_grad.t(), self._x[rows]
-            if self.weight is None:
+            if x.is_cuda and x.dtype != self._dtype:
+                self._add_weight_in_float32(transposed, x)
+            elif self.weight is None:
                 self.weight = torch.mm(transposed, x).to(self._dtype)
             elif x.dtype == self._dtype:
                 self.weight.addmm_(transposed, x)
@@ -113,6 +117,13 @@ class HeadGradients:
         if self._needs_bias:
             bias = logits_grad.sum(dim=0, dtype=self._dtype)
             self.bias = bias if self.bias is None else self.bias.add_(bias)
+
+    def _add_weight_in_float32(self, transposed: Tensor, x: Tensor) -> None:
+        """cuBLAS multiplies half-precision matrices into a float32 sum, without a temporary."""
+        if self.weight is None:
+            self.weight = torch.mm(transposed, x, out_dtype=self._dtype)
+        else:
+            torch.addmm(self.weight, transposed, x, out_dtype=self._dtype, out=self.weight)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of (hidden, weight, bias); zeros where wanted and no row contributed."""

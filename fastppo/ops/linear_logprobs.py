@@ -15,6 +15,7 @@ them into their gradient in place, and multiplies: 4 matrix passes in all (forwa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,14 +48,15 @@ def linear_logprobs_reference(
 ) -> LogProbs:
     """Full [N, V] logits, then `token_logprobs_reference`; differentiable by autograd."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits.to(compute_dtype(logits))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return token_logprobs_reference(logits, targets, temperature=temperature)
+    return token_logprobs_reference(logits, targets, temperature=temperature, softcap=softcap)
 
 
 def linear_logprobs_forward(
-    hidden: Tensor, head: Head, targets: Tensor, options: HeadOptions
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    options: HeadOptions,
+    row_stats: Callable[..., RowStats] = row_stats,
 ) -> RowStats:
     """Statistics of every row, chunk by chunk."""
     dtype = compute_dtype(hidden)
@@ -77,6 +79,7 @@ def linear_logprobs_backward(
     logprob_grad: Tensor | None,
     entropy_grad: Tensor | None,
     options: HeadOptions,
+    row_gradient: Callable[..., None] = row_gradient,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias. Rows whose incoming gradients are 0 are skipped."""
     g = torch.zeros_like(stats.logprobs) if logprob_grad is None else logprob_grad
@@ -109,6 +112,13 @@ _Implementation = tuple[Callable[..., RowStats], Callable[..., tuple[Tensor | No
 
 def _implementation(device: torch.device) -> _Implementation:
     """Forward and backward for a device; the one place that chooses."""
+    if device.type == "cuda":
+        from fastppo.ops import _cuda
+
+        return (
+            partial(linear_logprobs_forward, row_stats=_cuda.row_stats),
+            partial(linear_logprobs_backward, row_gradient=_cuda.row_gradient),
+        )
     return linear_logprobs_forward, linear_logprobs_backward
 
 

@@ -7,9 +7,9 @@ beforehand, so for each chunk of rows the forward pass does
     logits = hidden · weightᵀ  →  logprob, entropy  →  g, h (`ppo_rows`)  →  ∂L/∂logits, in place
     ∂L/∂hidden = ∂L/∂logits · weight,    ∂L/∂weight += ∂L/∂logitsᵀ · hidden   (float32 sum)
 
-and keeps the gradients; the backward pass only scales them by the gradient of the loss.
-Recomputing the logits in the backward pass would cost a fourth matrix pass. Rows of weight 0 never
-reach the head.
+and keeps the gradients; the backward pass only scales them by the gradient of the loss. On a CUDA
+device the first line, after the product, is one Triton kernel. Recomputing the logits in the
+backward pass would cost a fourth matrix pass. Rows of weight 0 never reach the head.
 
 Sequence-level ratios need every row of a sequence before any g is known; they take the plain road,
 `linear_logprobs` then `ppo_loss`, with 4 matrix passes.
@@ -113,6 +113,10 @@ def linear_ppo_loss_sweep(
 
 def _implementation(device: torch.device) -> Callable[..., _Sweep]:
     """The sweep for a device; the one place that chooses."""
+    if device.type == "cuda":
+        from fastppo.ops import _cuda
+
+        return _cuda.linear_ppo_loss_sweep
     return linear_ppo_loss_sweep
 
 

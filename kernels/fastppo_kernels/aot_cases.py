@@ -1,0 +1,85 @@
+"""One launch of every kernel and launch-table entry, by name, for compiling ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastppo_kernels.aot import record
+from fastppo_kernels.launch import Call
+from fastppo_kernels.ppo_rows import PPOKnobs, ppo_rows
+from fastppo_kernels.token_logprobs import token_logprobs_bwd_out, token_logprobs_fwd
+
+ROWS = 32
+# One vocabulary per entry of the launch tables; then one that divides by no power of two, in rows
+# padded to 16 elements as the linear ops pad theirs.
+VOCABS = (1024, 16384, 151936, 50257)
+
+
+def meta_logits(vocab: int, dtype: torch.dtype) -> Tensor:
+    """(ROWS, vocab) logits in rows of a multiple of 16 elements."""
+    padded = -(-vocab // 16) * 16
+    return torch.empty((ROWS, padded), dtype=dtype, device="meta")[:, :vocab]
+
+
+def _rows(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(ROWS, dtype=dtype, device="meta")
+
+
+def _token_logprobs(vocab: int, dtype: torch.dtype, options: bool) -> None:
+    logits, targets = meta_logits(vocab, dtype), _rows(torch.int64)
+    tau, softcap = (_rows(), 30.0) if options else (1.0, None)
+    stats = token_logprobs_fwd(logits, targets, tau, softcap)
+    token_logprobs_bwd_out(logits, targets, stats, _rows(), _rows(), tau, softcap, out=logits)
+
+
+def _ppo_rows(vocab: int, dtype: torch.dtype, options: bool) -> None:
+    knobs = PPOKnobs(
+        low=0.8,
+        high=1.2,
+        dual_clip=3.0 if options else float("inf"),
+        kl_coef=0.1 if options else 0.0,
+        ent_coef=0.01 if options else 0.0,
+        is_cap=2.0,
+        is_low=0.5,
+        is_high=5.0,
+        kl=3,
+        correction=1 if options else 0,
+    )
+    ref, rollout = (_rows(), _rows()) if options else (None, None)
+    tau, softcap = (_rows(), 30.0) if options else (1.0, None)
+    logits, targets = meta_logits(vocab, dtype), _rows(torch.int64)
+    old, advantages, weights = _rows(), _rows(), _rows()
+    ppo_rows(
+        logits,
+        targets,
+        old,
+        advantages,
+        weights,
+        ref,
+        rollout,
+        knobs,
+        tau,
+        softcap,
+        needs_grad=True,
+    )
+
+
+def cases() -> dict[str, Call]:
+    """Launches by "kernel dtype vocabulary [options]"."""
+    found: dict[str, Call] = {}
+
+    def add(suffix: str, launcher: Callable[[], None]) -> None:
+        for call in record(launcher):
+            found[f"{call.kernel.__name__.removesuffix('_kernel')} {suffix}"] = call
+
+    for op in (_token_logprobs, _ppo_rows):
+        for vocab in VOCABS:
+            add(f"bf16 {vocab}", partial(op, vocab, torch.bfloat16, False))
+        add("fp16 151936", partial(op, 151936, torch.float16, False))
+        add("fp32 151936", partial(op, 151936, torch.float32, False))
+        add("bf16 151936 options", partial(op, 151936, torch.bfloat16, True))
+    return found

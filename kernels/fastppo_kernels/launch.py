@@ -1,0 +1,76 @@
+"""How a kernel is launched: knobs from a table, and one door that runs a launch or writes it down.
+
+There is no search at run time. A table lists (largest vocabulary, knobs) and the first entry that
+fits wins, so that one shape always runs one kernel and gives bitwise equal results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Knobs of one launch."""
+
+    block: int
+    """Columns one program handles in one step."""
+    num_warps: int
+    """Of 32 threads; half as many on an AMD GPU, whose warps have 64."""
+
+
+Table = tuple[tuple[float, Launch], ...]
+
+
+def choose(table: Table, vocab: int) -> Launch:
+    """The first entry of `table` whose limit is at least `vocab`."""
+    return next(launch for limit, launch in table if vocab <= limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One launch: everything a compiler needs to know about it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+
+
+_recorded: ContextVar[list[Call] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Inside, launches are written down and not run, so launchers accept meta tensors."""
+    calls: list[Call] = []
+    token = _recorded.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorded.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], knobs: Launch, **arguments: Any) -> None:
+    """Run `kernel` over `grid`, or only write the call down inside `recording()`."""
+    calls = _recorded.get()
+    if calls is not None:
+        calls.append(Call(kernel, grid, arguments, knobs.num_warps))
+        return
+    num_warps = knobs.num_warps // 2 if torch.version.hip else knobs.num_warps
+    # Triton 3.10 turns the fusion of a·b + c off unless asked.
+    kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=True)
+
+
+def check_device(name: str, x: torch.Tensor) -> None:
+    """Raise unless Triton can run on the tensor's device here."""
+    anywhere = triton.knobs.runtime.interpret or _recorded.get() is not None
+    if x.device.type != "cuda" and not anywhere:
+        raise ValueError(f"{name}: expected a tensor on a CUDA device, got {x.device}")
