@@ -36,9 +36,9 @@ LEVELS = (
 )
 # Who may import these directly. ops calls _C for what torch cannot express well on a CPU, such as a
 # recurrence over time: _C is to the CPU what fastppo_kernels is to a GPU, and both stay behind the
-# one layer that dispatches by device.
+# one layer that dispatches by device. profile prints what the kernels compile to.
 DOORS = {
-    "fastppo_kernels": ("fastppo_kernels", "fastppo.ops"),
+    "fastppo_kernels": ("fastppo_kernels", "fastppo.ops", "fastppo.profile"),
     "fastppo._C": ("fastppo.packing", "fastppo.ops"),
 }
 

@@ -19,6 +19,7 @@ import pytest
 from fastppo.config import TrainConfig
 from fastppo.demo import demo
 from fastppo.doctor import doctor
+from fastppo.profile import profile
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = ("train", "demo", "doctor", "profile")
 SHELL = [text for language, text in BLOCKS if language in ("sh", "bash", "shell", "console")]
 
 
@@ -49,7 +51,11 @@ def commands(program: str) -> list[list[str]]:
 
 def flags_of(command: str) -> set[str]:
     """Every flag that a sub-command takes."""
-    signatures: dict[str, Callable[..., object]] = {"demo": demo, "doctor": doctor}
+    signatures: dict[str, Callable[..., object]] = {
+        "demo": demo,
+        "doctor": doctor,
+        "profile": profile,
+    }
     if command in signatures:
         names = {*inspect.signature(signatures[command]).parameters}
         return {f"--{name.replace('_', '-')}" for name in names} | {"--help"}
@@ -69,7 +75,7 @@ def test_commands_and_flags_exist() -> None:
     for words in calls:
         if words[0] == "--version":
             continue
-        assert words[0] in ("train", "demo", "doctor"), words
+        assert words[0] in COMMANDS, words
         assert given_flags(words) <= flags_of(words[0]), words
         for word, value in itertools.pairwise(words):
             assert word != "--config" or (ROOT / value).is_file(), value
@@ -91,7 +97,7 @@ def test_make_targets_exist() -> None:
 
 
 def test_other_flags_in_the_text_exist() -> None:
-    known = {flag for command in ("train", "demo", "doctor") for flag in flags_of(command)}
+    known = {flag for command in COMMANDS for flag in flags_of(command)}
     alone = set(re.findall(r"`(--[a-z-]+)`", README))
     assert alone <= known
 

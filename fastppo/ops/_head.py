@@ -119,11 +119,9 @@ class HeadGradients:
             self.bias = bias if self.bias is None else self.bias.add_(bias)
 
     def _add_weight_in_float32(self, transposed: Tensor, x: Tensor) -> None:
-        """cuBLAS multiplies half-precision matrices into a float32 sum, without a temporary."""
-        if self.weight is None:
-            self.weight = torch.mm(transposed, x, out_dtype=self._dtype)
-        else:
-            torch.addmm(self.weight, transposed, x, out_dtype=self._dtype, out=self.weight)
+        """cuBLAS multiplies half-precision matrices into float32; chunks add up in float32."""
+        product = torch.mm(transposed, x, out_dtype=self._dtype)
+        self.weight = product if self.weight is None else self.weight.add_(product)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of (hidden, weight, bias); zeros where wanted and no row contributed."""
