@@ -53,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         print(f"fastppo: unknown command {args[0]!r}.{hint}\n\n{_USAGE}", file=sys.stderr)
         return 2
-    # Threads that wait spin by default, which on a shared CPU can cost 20 times the work itself.
-    # OpenMP reads this when torch is loaded, further down.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait spin, by default so long that on a shared CPU it costs 20 times the work
+    # itself (docs/log.md). GNU OpenMP reads this when torch is loaded, further down.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         return commands[args[0]](args[1:])
     except KeyboardInterrupt:
