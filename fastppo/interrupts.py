@@ -1,0 +1,97 @@
+"""SIGTERM and SIGINT (Ctrl-C) as something a run acts on between two pieces of work.
+
+    with interrupts.handled():
+        ...
+        interrupts.check()     # raises Interrupted where a signal has come
+
+Signals belong to the process, and so does this module's state: whatever takes long calls `check`
+between two micro-batches, tokens or waits, and nothing has to be handed through. Outside `handled`,
+signals are what they were and `check` does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_pending: int | None = None
+
+
+class Interrupted(SystemExit):
+    """A signal asked the run to stop; uncaught, it ends the program with status 128 + signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+
+
+def check() -> None:
+    """Raise Interrupted once for the signal that has come since the last call, if any."""
+    global _pending
+    if _pending is not None:
+        signum, _pending = _pending, None
+        raise Interrupted(signum)
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Inside, a first signal makes `check` raise and a second one ends the process at once.
+
+    The second one is seen by a thread that the interpreter's own C handler wakes, so that it works
+    in the middle of a long matrix product too. Does nothing outside the main thread, where Python
+    cannot handle signals.
+    """
+    global _pending
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _pending = None
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    before = {signum: signal.signal(signum, _do_nothing) for signum in SIGNALS}
+    wakeup = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(receive,), name="fastppo-signals", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        os.close(send)  # the watcher sees the end of the pipe
+        watcher.join()
+        os.close(receive)
+        _pending = None
+
+
+def forget_in_child() -> None:
+    """In a forked process: leave signals to the parent, which ends this process when it is done."""
+    signal.set_wakeup_fd(-1)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def _do_nothing(signum: int, frame: object) -> None:
+    """Being installed is enough: the number goes to the wakeup descriptor."""
+
+
+def _watch(receive: int) -> None:
+    global _pending
+    seen = 0
+    while data := os.read(receive, 64):
+        for signum in data:
+            if signum not in SIGNALS:
+                continue
+            seen += 1
+            if seen == 1:
+                _pending = signum
+                continue
+            if sys.stdout.isatty():
+                os.write(1, b"\x1b[?25h\n")  # a live display has hidden the cursor
+            os._exit(128 + signum)
