@@ -33,7 +33,7 @@ from torch import Tensor
 from fastppo import PackedBatch, PPOConfig, PPOStep, __version__
 from fastppo.device import describe
 from fastppo.models import load_model
-from fastppo.optim import clipped_step, make_adamw
+from fastppo.optim import apply_step, grad_norm, make_adamw
 from fastppo.rewards import Rewards
 from fastppo.rollout import Sampling
 from fastppo.rollout.transformers import TransformersEngine
@@ -133,8 +133,10 @@ class PaddedStep:
 
     def update(self, data: dict[str, Tensor], rows: int, response_only: bool) -> None:
         self.gradients(data, rows, response_only)
-        clipped_step(self.actor, self.config.max_grad_norm)
-        clipped_step(self.critic, self.config.max_grad_norm)
+        optimizers = (self.actor, self.critic)
+        norms = [grad_norm(optimizer) for optimizer in optimizers]
+        skip = ~torch.stack(norms).isfinite().all()
+        apply_step(optimizers, norms, self.config.max_grad_norm, skip)
 
 
 def make_batch(options: Options, vocab: int) -> PackedBatch:

@@ -34,7 +34,8 @@ def add_advantages(
     Args:
         batch: with `old_logprobs`, and `ref_logprobs` and `values` where the configuration needs
             them.
-        scores: (B,) rewards of whole responses; NaN drops that response from the loss.
+        scores: (B,) rewards of whole responses; NaN drops that response from the loss, and so does
+            a log-probability or value of it that is not finite.
         group_ids: (B,) which responses share a prompt.
         config: the algorithm.
         kl_coef: the KL weight in force.
@@ -44,9 +45,10 @@ def add_advantages(
     """
     score = torch.as_tensor(scores, dtype=torch.float32, device=batch.device)
     _check_length("scores", score, batch)
-    scored = ~score.isnan()
-    score = _shaped(score.nan_to_num(), batch.truncated, config)
     sequence = sequence_ids(batch)
+    batch, finite = _finite(batch, sequence)
+    scored = finite & ~score.isnan()
+    score = _shaped(score.nan_to_num(), batch.truncated, config)
     mask = scored[sequence]
     if batch.loss_mask is not None:
         mask = mask & batch.loss_mask
@@ -70,6 +72,22 @@ def add_advantages(
     total = torch.where(scored, total, math.nan)
     per_sequence = ops.group_advantages(total, groups.to(batch.device), kind=config.advantage)
     return batch.replace(advantages=torch.where(mask, per_sequence[sequence], 0.0))
+
+
+def _finite(batch: PackedBatch, sequence: Tensor) -> tuple[PackedBatch, Tensor]:
+    """The batch with 0 for what is not finite, and (B,) bool: the sequences that had none of it."""
+    names = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "values")
+    fields = {n: getattr(batch, n) for n in names}
+    given = {n: x for n, x in fields.items() if x is not None}
+    bad = ~torch.stack([x.isfinite() for x in given.values()]).all(0)
+    if batch.loss_mask is not None:
+        bad &= batch.loss_mask
+    count = torch.zeros(batch.num_sequences, device=batch.device)
+    finite = count.index_add(0, sequence, bad.float()) == 0
+    if batch.bootstrap is not None:
+        given["bootstrap"] = batch.bootstrap
+        finite &= batch.bootstrap.isfinite()
+    return batch.replace(**{n: x.nan_to_num(0.0, 0.0, 0.0) for n, x in given.items()}), finite
 
 
 def _shaped(score: Tensor, truncated: Tensor, config: PPOConfig) -> Tensor:

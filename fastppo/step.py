@@ -8,33 +8,55 @@
 Shapes: B sequences, T packed tokens, N response tokens, H hidden size (see packing.PackedBatch).
 No metric is read back inside the minibatch loop: all of them come in one copy per update, and one
 per epoch where `target_kl` is set.
+
+Faults: a pass that runs out of memory is repeated with half the token budget, which does not change
+the gradient; a step whose loss or gradient is not finite changes nothing. An update that a signal
+stopped (interrupts.py) goes on where it was when `update` is called with the same batch again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from fastppo import ops, update_metrics
+from fastppo import interrupts, ops, update_metrics
 from fastppo.advantages import add_advantages, num_valid_sequences
 from fastppo.config import PPOConfig
-from fastppo.device import resolve_device, resolve_precision
-from fastppo.optim import clipped_step, make_adamw
+from fastppo.device import free_memory, is_out_of_memory, resolve_device, resolve_precision
+from fastppo.optim import apply_step, grad_norm, make_adamw
 from fastppo.packing import PackedBatch
 from fastppo.policy import Policy
 from fastppo.seeding import generator
 from fastppo.update_metrics import StepStats
 
+T = TypeVar("T")
+
+
+@dataclass
+class UpdateProgress:
+    """How far an update has come."""
+
+    epoch: int = 0
+    minibatch: int = 0  # done in this epoch
+    steps: list[StepStats] = field(default_factory=list)
+
 
 class NonFiniteError(RuntimeError):
-    """Too many optimiser steps in a row had a non-finite gradient."""
+    """Too many optimiser steps in a row had a loss or a gradient that is not finite.
+
+    `progress` is where the last of them starts; parameters and optimisers are as they were there.
+    """
+
+    def __init__(self, message: str, progress: UpdateProgress) -> None:
+        super().__init__(message)
+        self.progress = progress
 
 
 class PPOStep:
@@ -75,6 +97,12 @@ class PPOStep:
         self.kl_coef = config.kl_coef
         """The KL weight in force; it moves where `kl_target` is set."""
         self.nonfinite_in_a_row = 0
+        """Skipped optimiser steps at the end of the latest update."""
+        self._nonfinite = torch.zeros((), device=self.device)  # the same, up to the latest step
+        self.token_budget = config.token_budget
+        """Most tokens in one pass; halved where that was more than the memory holds."""
+        self.progress: UpdateProgress | None = None
+        """The update that was stopped in the middle, if one was."""
 
     # Evaluate
 
@@ -87,7 +115,10 @@ class PPOStep:
             where there is a critic; all fp32.
         """
         batch = batch.to(self.device)
-        bins = batch.bins(self.config.token_budget)
+        return self._within_memory(batch, lambda: self._evaluate(batch))
+
+    def _evaluate(self, batch: PackedBatch) -> PackedBatch:
+        bins = batch.bins(self.token_budget)
         order = np.concatenate([np.asarray(b, dtype=np.int64) for b in bins])
         with torch.no_grad(), self.policy.autocast():
             parts = [self._evaluate_bin(batch.select(b)) for b in bins]
@@ -95,6 +126,7 @@ class PPOStep:
         return batch.select(order).replace(**fields).select(np.argsort(order))
 
     def _evaluate_bin(self, batch: PackedBatch) -> dict[str, Tensor]:
+        interrupts.check()
         policy, temperature = self.policy, self.config.temperature
         with record_function("fastppo::old_logprobs"):
             hidden = policy.trunk(batch)  # (T, H)
@@ -148,43 +180,62 @@ class PPOStep:
         """Train on one rollout batch: epochs × minibatches, each minibatch one optimiser step.
 
         Args:
-            batch: a batch that went through `evaluate` and `advantages`.
+            batch: a batch that went through `evaluate` and `advantages`; after an interruption the
+                same one again, to go on.
 
         Returns:
             CleanRL's metrics, see `update_metrics.read`, and the schedules in force.
 
         Raises:
-            NonFiniteError: `max_nonfinite_steps` steps in a row had a non-finite gradient.
+            NonFiniteError: `max_nonfinite_steps` steps in a row had a loss or gradient that is not
+                finite; no parameter changed in them or after them.
+            Interrupted: a signal came, see interrupts.py. `progress` says how far the update is.
         """
         config = self.config
         _need(batch, "advantages", "step.advantages")
-        train_actor = self.iteration >= config.critic_warmup
         factor = config.lr_factor(self.iteration)
         _set_lr(self.actor_optimizer, config.learning_rate * factor)
         if self.critic_optimizer is not None:
             critic_lr = config.critic_learning_rate or config.learning_rate
             _set_lr(self.critic_optimizer, critic_lr * factor)
-        steps: list[StepStats] = []
-        epoch = 0
-        while epoch < config.update_epochs:
-            minibatches = self._minibatches(batch, epoch)
-            steps += [self._train_minibatch(minibatch, train_actor) for minibatch in minibatches]
-            epoch += 1
-            if config.target_kl is not None and epoch < config.update_epochs:
-                latest = [step.policy for step in steps[-len(minibatches) :]]
-                if float(ops.reduce_ppo_metrics(latest)["approx_kl"]) > config.target_kl:
-                    break
-        has_critic = self.critic_optimizer is not None
-        metrics, skipped = update_metrics.read(batch, steps, has_critic=has_critic)
-        self._count_nonfinite(skipped)
+        progress = self.progress = self.progress or UpdateProgress()
+        try:
+            self._train(batch, progress)
+            has_critic = self.critic_optimizer is not None
+            metrics, skipped = update_metrics.read(batch, progress.steps, has_critic=has_critic)
+            self._count_nonfinite(skipped, progress, len(self._minibatches(batch, 0)))
+        except interrupts.Interrupted:
+            raise
+        except BaseException:
+            self.progress = None
+            raise
         metrics |= {
-            "update_epochs": float(epoch),
+            "update_epochs": float(progress.epoch),
             "learning_rate": config.learning_rate * factor,
             "kl_coef": self.kl_coef,
+            "token_budget": float(self.token_budget),
         }
         self._adapt_kl(metrics["kl_sequence"], batch.num_sequences)
         self.iteration += 1
+        self.progress = None
         return metrics
+
+    def _train(self, batch: PackedBatch, progress: UpdateProgress) -> None:
+        """What is left of the update, one optimiser step at a time."""
+        config = self.config
+        self._nonfinite = torch.tensor(float(self.nonfinite_in_a_row), device=self.device)
+        for step in progress.steps:
+            self._nonfinite = (self._nonfinite + 1) * step.skipped
+        while progress.epoch < config.update_epochs:
+            minibatches = self._minibatches(batch, progress.epoch)
+            if progress.epoch and not progress.minibatch and config.target_kl is not None:
+                latest = [step.policy for step in progress.steps[-len(minibatches) :]]
+                if float(ops.reduce_ppo_metrics(latest)["approx_kl"]) > config.target_kl:
+                    break
+            for minibatch in minibatches[progress.minibatch :]:
+                progress.steps.append(self._train_minibatch(minibatch))
+                progress.minibatch += 1
+            progress.epoch, progress.minibatch = progress.epoch + 1, 0
 
     def _minibatches(self, batch: PackedBatch, epoch: int) -> list[PackedBatch]:
         """A fresh permutation in every epoch, cut into `num_minibatches` parts of whole sequences.
@@ -199,18 +250,54 @@ class PPOStep:
         order = torch.randperm(size, generator=rng).numpy()
         return [batch.select(part) for part in np.array_split(order, min(parts, size))]
 
-    def _train_minibatch(self, batch: PackedBatch, train_actor: bool) -> StepStats:
-        """One optimiser step."""
-        policy, value_loss = self.accumulate_gradients(batch, train_actor=train_actor)
+    def _train_minibatch(self, batch: PackedBatch) -> StepStats:
+        """One optimiser step of actor and critic, or of neither."""
+        train_actor = self.iteration >= self.config.critic_warmup
+        optimizers = [self.actor_optimizer] if train_actor else []
+        if self.critic_optimizer is not None:
+            optimizers.append(self.critic_optimizer)
+
+        def gradients() -> tuple[Tensor, Tensor, list[Tensor]]:
+            losses = self.accumulate_gradients(batch, train_actor=train_actor)
+            return (*losses, [grad_norm(optimizer) for optimizer in optimizers])
+
+        policy, value_loss, norms = self._within_memory(batch, gradients)
         with record_function("fastppo::optimiser"):
-            limit = self.config.max_grad_norm
-            zero = torch.zeros((), device=self.device)
-            actor = clipped_step(self.actor_optimizer, limit) if train_actor else (zero, zero)
-            critic = (zero, zero)
-            if self.critic_optimizer is not None:
-                critic = clipped_step(self.critic_optimizer, limit)
-        skipped = torch.maximum(actor[1], critic[1])
-        return StepStats(policy, value_loss, actor[0], critic[0], skipped)
+            losses = policy[ops.PPO_METRIC_NAMES.index("policy_loss")] + value_loss
+            finite = torch.stack([losses, *norms]).isfinite().all()
+            skip = self._skipped(~finite)
+            empty = policy[ops.PPO_METRIC_NAMES.index("num_tokens")] == 0
+            apply_step(optimizers, norms, self.config.max_grad_norm, skip | empty)
+        zero = torch.zeros((), device=self.device)
+        norms = norms if train_actor else [zero, *norms]
+        return StepStats(policy, value_loss, norms[0], (*norms[1:], zero)[0], skip.float())
+
+    def _skipped(self, bad: Tensor) -> Tensor:
+        """() bool, whether to skip a step: it is bad, or `max_nonfinite_steps` in a row were.
+
+        The count is on the device, so that the steps after the last one that was allowed change
+        nothing even though nobody has read it yet.
+        """
+        stopped = self._nonfinite >= self.config.max_nonfinite_steps
+        self._nonfinite = torch.where(stopped, self._nonfinite, (self._nonfinite + 1) * bad)
+        return bad | stopped
+
+    def _within_memory(self, batch: PackedBatch, work: Callable[[], T]) -> T:
+        """What `work` returns, which is repeated with half the token budget if memory runs out.
+
+        Whatever stops it, no gradient is left behind.
+        """
+        while True:
+            try:
+                return work()
+            except BaseException as error:
+                for optimizer in (self.actor_optimizer, self.critic_optimizer):
+                    if optimizer is not None:
+                        optimizer.zero_grad(set_to_none=True)
+                if not is_out_of_memory(error) or self.token_budget <= batch.max_seqlen:
+                    raise
+            self.token_budget = max(batch.max_seqlen, self.token_budget // 2)
+            free_memory(self.device)
 
     def accumulate_gradients(
         self, batch: PackedBatch, *, train_actor: bool = True
@@ -231,13 +318,14 @@ class PPOStep:
             total = batch.num_sequences * self.config.max_response_length
         weights = ops.loss_weights(batch.cu_responses, mask, aggregation=aggregation, total=total)
         batch = batch.replace(weights=weights)
-        bins = batch.bins(self.config.token_budget)
+        bins = batch.bins(self.token_budget)
         parts = [self._backward(batch.select(b), train_actor) for b in bins]
         policy = ops.combine_ppo_metrics([part[0] for part in parts])
         return policy, torch.stack([part[1] for part in parts]).sum()
 
     def _backward(self, batch: PackedBatch, train_actor: bool) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch whose weights are already normalised."""
+        interrupts.check()
         config, policy = self.config, self.policy
         weights = _need(batch, "weights", "ops.loss_weights")
         with policy.autocast():
@@ -272,15 +360,19 @@ class PPOStep:
         loss.backward()
         return actor.metrics, value_loss
 
-    def _count_nonfinite(self, skipped: list[bool]) -> None:
-        for flag in skipped:
-            self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if flag else 0
-            if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
+    def _count_nonfinite(
+        self, skipped: list[bool], progress: UpdateProgress, num_minibatches: int
+    ) -> None:
+        limit = self.config.max_nonfinite_steps
+        for index, flag in enumerate(skipped):
+            if flag and self.nonfinite_in_a_row + 1 == limit:
                 raise NonFiniteError(
-                    f"{self.nonfinite_in_a_row} optimiser steps in a row had a gradient that is "
-                    f"not finite (max_nonfinite_steps = {self.config.max_nonfinite_steps}); they "
-                    "changed no parameter. Lower learning_rate, or set precision = 'fp32'"
+                    f"{limit} optimiser steps in a row had a loss or a gradient that is not finite "
+                    f"(max_nonfinite_steps = {limit}); they changed no parameter. Lower "
+                    "learning_rate, or set precision = 'fp32'",
+                    UpdateProgress(*divmod(index, num_minibatches), progress.steps[:index]),
                 )
+            self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if flag else 0
 
     def _adapt_kl(self, kl_sequence: float, episodes: int) -> None:
         """Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), §2.2: KL summed per sequence."""

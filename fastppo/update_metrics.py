@@ -24,7 +24,7 @@ class StepStats(NamedTuple):
     value_loss: Tensor  # () fp32
     actor_norm: Tensor  # () fp32, gradient norm before clipping
     critic_norm: Tensor  # () fp32
-    skipped: Tensor  # () fp32, 1 where a gradient was not finite
+    skipped: Tensor  # () fp32, 1 where the loss or a gradient was not finite
 
 
 def read(
@@ -53,16 +53,18 @@ def read(
 
 
 def batch_metrics(batch: PackedBatch) -> dict[str, Tensor]:
-    """`kl`, `kl_sequence` and `explained_variance` of a rollout batch, as () tensors.
+    """`kl`, `kl_sequence`, `explained_variance` and `dropped` of a rollout batch, as () tensors.
 
     The KL is k1, the mean of ln π_old − ln π_ref: per token, and summed per sequence. The explained
-    variance is 1 − Var(returns − values) / Var(returns), 0 where the returns do not vary.
+    variance is 1 − Var(returns − values) / Var(returns), 0 where the returns do not vary. `dropped`
+    is the share of sequences of which no token is in the loss.
     """
     mask = batch.loss_mask
     assert mask is not None
     count = mask.sum().clamp(min=1)
     nan = torch.full((), math.nan, device=batch.device)
     result = {"kl": nan, "kl_sequence": nan, "explained_variance": nan}
+    result["dropped"] = 1.0 - num_valid_sequences(batch) / batch.num_sequences
     if batch.ref_logprobs is not None and batch.old_logprobs is not None:
         kl = torch.where(mask, batch.old_logprobs - batch.ref_logprobs, 0.0).sum()
         result["kl"] = kl / count

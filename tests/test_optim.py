@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastppo.config import PPOConfig
 from fastppo.demo import tiny_model
-from fastppo.optim import clipped_step, make_adamw
+from fastppo.optim import apply_step, grad_norm, make_adamw
 
 CONFIG = PPOConfig(learning_rate=1e-2, weight_decay=0.1, adam_betas=(0.8, 0.95))
 
@@ -25,6 +25,14 @@ def give_gradients(parameters: list[nn.Parameter], seed: int, scale: float) -> N
     rng = torch.Generator().manual_seed(seed)
     for parameter in parameters:
         parameter.grad = scale * torch.randn(parameter.shape, generator=rng)
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, limit: float) -> tuple[Tensor, Tensor]:
+    """The norm, and 1.0 where the step was skipped because the norm is not finite."""
+    norm = grad_norm(optimizer)
+    skipped = norm.isfinite().logical_not()
+    apply_step([optimizer], [norm], limit, skipped)
+    return norm, skipped.float()
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -127,8 +135,9 @@ def test_a_first_step_that_is_not_finite_changes_nothing() -> None:
 def test_parameters_without_a_gradient_are_left_alone() -> None:
     parameters = make_parameters()
     before = parameters[1].detach().clone()
+    optimizer = make_adamw(parameters, CONFIG)
     give_gradients(parameters[:1], 0, 1.0)
-    norm, skipped = clipped_step(make_adamw(parameters, CONFIG), 1.0)
+    norm, skipped = clipped_step(optimizer, 1.0)
     assert norm > 0 and skipped.item() == 0.0
     assert torch.equal(parameters[1], before)
 
@@ -154,3 +163,28 @@ def test_the_settings_are_the_configuration() -> None:
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (1e-2, (0.8, 0.95), 1e-5)
         assert group["fused"]
+
+
+def test_a_new_optimizer_has_its_state() -> None:
+    """Allocated at once, by a step that was none: later no memory is needed."""
+    parameters = make_parameters()
+    optimizer = make_adamw(parameters, CONFIG)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, make_parameters(), strict=True))
+    assert all(p.grad is None for p in parameters)
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        assert state["step"] == 0 and state["exp_avg"].shape == parameter.shape
+        assert not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+
+
+def test_a_skipped_step_is_skipped_by_every_optimizer() -> None:
+    both = [make_parameters(0), make_parameters(1)]
+    optimizers = [make_adamw(parameters, CONFIG) for parameters in both]
+    before = [state_of(optimizer) for optimizer in optimizers]
+    give_gradients(both[0], 0, 1.0)
+    give_gradients(both[1], 1, math.nan)
+    norms = [grad_norm(optimizer) for optimizer in optimizers]
+    apply_step(optimizers, norms, 1.0, ~torch.stack(norms).isfinite().all())
+    assert norms[0].isfinite() and norms[1].isnan()
+    for optimizer, old in zip(optimizers, before, strict=True):
+        assert all(map(torch.equal, state_of(optimizer), old))
