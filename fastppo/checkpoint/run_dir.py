@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastppo.policy import Policy
+from fastppo.checkpoint.durable import delete, make_folder, sync, sync_tree, write_file
+
+if TYPE_CHECKING:
+    from fastppo.policy import Policy
 
 
 def new_run_dir(output_dir: str) -> Path:
@@ -29,10 +31,11 @@ def new_run_dir(output_dir: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one step: a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    """Write a JSON file in one step: a reader, and the disk, have the old file or the new one."""
+    partial = _partial(path)
+    write_file(partial, (json.dumps(value, indent=2, default=str) + "\n").encode())
     os.replace(partial, path)
+    sync(path.parent)
 
 
 def save_model(folder: Path, policy: Policy, tokenizer: Any) -> Path:
@@ -45,14 +48,27 @@ def save_model(folder: Path, policy: Policy, tokenizer: Any) -> Path:
         policy: saved by `Policy.save`: the model at the top, the critic in `critic/`.
         tokenizer: saved beside the model.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    make_folder(folder.parent)
+    partial = _partial(folder)
+    if partial.exists():
+        delete(partial)
+    partial.mkdir()
     try:
         policy.save(partial)
         tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)
+        sync_tree(partial)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    sync(folder.parent)
     return folder
+
+
+def leftovers(run_dir: Path) -> list[Path]:
+    """What a killed process left half written in a run directory."""
+    return sorted(run_dir.glob(_partial(Path("*")).name))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
