@@ -1,0 +1,60 @@
+"""Kill −9 at every operation of the save path and at random moments: checkpoint_killer.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def killer(root: Path, *args: str | Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, root / "tests" / "checkpoint_killer.py", *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.fixture(scope="module")
+def every(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return killer(root, "every", tmp_path_factory.mktemp("kill"))
+
+
+# The number of operations at least: fewer would mean that not all are counted.
+OPERATIONS = {
+    "first": 23,
+    "next": 20,
+    "prune": 35,
+    "replace": 27,
+    "sweep": 12,
+    "replace, unswept": 40,
+    "write_json": 6,
+}
+
+
+@pytest.mark.parametrize("scenario", OPERATIONS)
+def test_killed_at_every_operation(every: dict[str, Any], scenario: str) -> None:
+    result = every[scenario]
+    assert result["complaints"] == []
+    assert result["status"] == 0 and result["operations"] >= OPERATIONS[scenario]
+    assert result["kills"] == 2 * result["operations"]  # before it and halfway through it
+
+
+def test_every_scenario_is_looked_at(every: dict[str, Any]) -> None:
+    assert every.keys() == OPERATIONS.keys()
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(root: Path, tmp_path: Path, count: int) -> None:
+    result = killer(root, "random", tmp_path / "x", str(count))
+    assert result["complaints"] == []
+    assert result["saved"] > count  # each process saved more than one
+    assert result["interrupted"] > count / 4  # and was often in the middle of it

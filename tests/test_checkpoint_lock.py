@@ -1,0 +1,123 @@
+"""lock_run_dir: one process per run directory, on real processes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fastppo.checkpoint import lock_run_dir
+
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+from fastppo.checkpoint import lock_run_dir
+{body}
+print("ready", flush=True)
+sys.stdin.read()
+"""
+LOCK = "lock = lock_run_dir(Path(sys.argv[1]))"
+# What a pool of reward workers is: forked while the lock is held, alive after its holder.
+LOCK_AND_FORK = f"{LOCK}\nchild = os.fork()\nif child:\n    print(child, flush=True)"
+
+
+@contextmanager
+def running(run_dir: Path, body: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A process that has done `body` and waits, and what it printed before "ready"."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM.format(body=body), run_dir],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        lines = list(iter(process.stdout.readline, "ready\n"))
+        try:
+            yield process, lines
+        finally:
+            process.kill()
+
+
+def test_another_process_is_refused_until_the_holder_is_killed(tmp_path: Path) -> None:
+    with running(tmp_path, LOCK) as (process, _):
+        for _ in range(2):
+            with pytest.raises(ValueError) as caught:
+                lock_run_dir(tmp_path)
+            assert str(caught.value).startswith(
+                f"output_dir: {str(tmp_path)!r} is in use by process {process.pid} "
+                f"on {socket.gethostname()} since 20"
+            )
+            assert str(caught.value).endswith("or choose another folder")
+        process.send_signal(signal.SIGKILL)
+        process.wait(20)
+        with lock_run_dir(tmp_path):  # the file is still there
+            assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+
+
+def test_a_forked_process_does_not_keep_it(tmp_path: Path) -> None:
+    with running(tmp_path, LOCK_AND_FORK) as (process, (line,)):
+        child = int(line)
+        try:
+            process.send_signal(signal.SIGKILL)
+            process.wait(20)
+            os.kill(child, 0)  # alive
+            lock_run_dir(tmp_path).release()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_forked_process_neither_holds_nor_releases_it(tmp_path: Path) -> None:
+    body = (
+        f"{LOCK}\nif os.fork() == 0:\n    lock.release()\n    try:\n        {LOCK}\n"
+        "    except ValueError as error:\n        print(error, flush=True)\n    os._exit(0)\n"
+        "os.wait()"
+    )
+    with running(tmp_path, body) as (process, (line,)):
+        assert f"in use by process {process.pid} on" in line
+        with pytest.raises(ValueError, match=f"in use by process {process.pid} on"):
+            lock_run_dir(tmp_path)
+
+
+def test_twice_in_one_process(tmp_path: Path) -> None:
+    run_dir = tmp_path / "a" / "run"
+    lock = lock_run_dir(run_dir)
+    (tmp_path / "link").symlink_to(run_dir)
+    for path in (run_dir, tmp_path / "link"):
+        with pytest.raises(ValueError, match="is in use by this process. Wait"):
+            lock_run_dir(path)
+    with lock_run_dir(tmp_path / "other"):
+        lock.release()
+        lock.release()
+    with lock_run_dir(run_dir), pytest.raises(ValueError, match="this process"):
+        lock_run_dir(run_dir)
+    lock_run_dir(run_dir).release()
+    assert os.listdir(run_dir) == [".lock"]
+
+
+def test_a_lock_is_released_on_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), lock_run_dir(tmp_path):
+        raise KeyError
+    lock_run_dir(tmp_path).release()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(fd: int, command: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    before = os.listdir("/dev/fd")
+    with monkeypatch.context() as broken:
+        broken.setattr(fcntl, "lockf", no_locks)
+        with pytest.raises(OSError, match=f"No locks available: '{tmp_path}/.lock'"):
+            lock_run_dir(tmp_path)
+    assert len(os.listdir("/dev/fd")) == len(before)
+    lock_run_dir(tmp_path).release()
