@@ -1,7 +1,8 @@
-"""Which device a run uses and in which precision it computes there."""
+"""Which device a run uses, in which precision it computes there, and when its memory runs out."""
 
 from __future__ import annotations
 
+import gc
 from typing import Literal
 
 import torch
@@ -36,3 +37,21 @@ def describe(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     isa = torch.backends.cpu.get_cpu_capability()
     return f"CPU, {torch.get_num_threads()} threads, {isa}"
+
+
+# of the CPU allocator, of CUDA and its libraries, and of C++; torch raises them as RuntimeError
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU, so that less may succeed."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more, to the device's other users too."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
