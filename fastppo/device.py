@@ -1,4 +1,4 @@
-"""Which device a run uses and in which precision it computes there."""
+"""Which device a run uses, in which precision it computes there, and when its memory runs out."""
 
 from __future__ import annotations
 
@@ -39,18 +39,19 @@ def describe(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads, {isa}"
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+# of the CPU allocator, of CUDA and its libraries, and of C++; torch raises them as RuntimeError
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "bad_alloc")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that host or device memory ran out."""
+    """Whether an error says that memory ran out, on a GPU or a CPU, so that less may succeed."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more."""
+    """Give back what nothing refers to any more, to the device's other users too."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

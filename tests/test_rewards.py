@@ -8,6 +8,7 @@ import importlib.util
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -640,6 +641,50 @@ def test_batches_keep_the_padded_budget_and_every_index_once() -> None:
     assert sorted(i for rows in batches for i in rows) == list(range(200))
     assert all(len(rows) * max(lengths[i] for i in rows) <= 128 for rows in batches)
     assert [len(rows) for rows in _batches([300, 5, 5], 128)] == [1, 2]
+
+
+class Memory:
+    """A hook before a model that has room for so many padded tokens."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.passes: list[tuple[int, int]] = []  # shape of each
+        self.failed: weakref.ref[Any] | None = None
+
+    def __call__(self, _: Any, __: Any, options: dict[str, Any]) -> None:
+        ids = options["input_ids"]
+        assert self.failed is None or self.failed() is None, "a failed pass is still in memory"
+        self.passes.append(tuple(ids.shape))
+        if ids.numel() > self.room:
+            self.failed = weakref.ref(ids)
+            raise torch.OutOfMemoryError(f"no memory for {ids.numel()} tokens")
+
+
+# all fit, one halving, two, single rows of the longest sample (10 tokens) only
+@pytest.mark.parametrize(("room", "halvings"), [(60, 0), (30, 1), (15, 2), (10, 3)])
+def test_reward_model_out_of_memory_lowers_the_budget(room: int, halvings: int) -> None:
+    texts = [" w1" * n for n in (3, 9, 2, 5, 9, 1, 4, 8, 7, 6, 1)]
+    prompts = ["w2"] * len(texts)
+    model, memory = make_classifier().eval(), Memory(room)
+    reward = RewardModel(model, make_tokenizer(), token_budget=60)
+    expected = one_by_one(model, prompts, texts)
+    hook = model.register_forward_pre_hook(memory, with_kwargs=True)
+    np.testing.assert_allclose(reward(prompts, texts), expected, rtol=0, atol=1e-6)
+    failed = [rows * width for rows, width in memory.passes if rows * width > room]
+    assert len(failed) == halvings and reward.token_budget == 60 // 2**halvings
+    memory.passes.clear()
+    np.testing.assert_allclose(reward(prompts, texts), expected, rtol=0, atol=1e-6)
+    assert all(rows * width <= room for rows, width in memory.passes)  # the limit is kept
+    hook.remove()
+
+
+def test_reward_model_without_memory_for_one_sample_raises_what_was_raised() -> None:
+    model, memory = make_classifier().eval(), Memory(5)
+    model.register_forward_pre_hook(memory, with_kwargs=True)
+    reward = RewardModel(model, make_tokenizer())
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for 6 tokens"):
+        reward(["w2"] * 4, [" w1" * 5] * 4)
+    assert memory.passes == [(4, 6), (2, 6), (1, 6)]
 
 
 # The example's functions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastppo import ops
 from fastppo.packing import PackedBatch
 from fastppo.policy import Policy
 from fastppo.rollout import Engine, Rollouts, Sampling
+from fastppo.rollout.sampler import Sampler, uniforms
 from fastppo.rollout.transformers import TransformersEngine
 
 VOCAB, EOS = 53, 2
@@ -139,11 +141,26 @@ def test_bf16_logprobs_agree_to_rounding(train_layers: int | None) -> None:
     assert np.abs(np.concatenate(rollouts.logprobs) - trained.numpy()).mean() < 0.05
 
 
-@pytest.mark.parametrize(
-    "filters",
-    [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.7, "min_p": 0.1}],
-    ids=str,
-)
+FILTERS = [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.7, "min_p": 0.1}]
+
+
+def filtered(p: Tensor, filters: dict[str, Any]) -> Tensor:
+    """Probabilities (V,) after top-k, top-p and min-p, each renormalised before the next."""
+    p, order = p.sort(descending=True)
+    keep = torch.ones(VOCAB, dtype=torch.bool)
+    if "top_k" in filters:
+        keep[filters["top_k"] :] = False
+        p = torch.where(keep, p, 0.0) / p[keep].sum()
+    if "top_p" in filters:
+        keep &= p.cumsum(0) - p < filters["top_p"]
+        p = torch.where(keep, p, 0.0) / p[keep].sum()
+    if "min_p" in filters:
+        keep &= p >= filters["min_p"] * p[0]
+        p = torch.where(keep, p, 0.0) / p[keep].sum()
+    return torch.zeros(VOCAB).scatter(0, order, p)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_filtered_logprobs_are_those_of_the_filtered_distribution(filters: dict[str, Any]) -> None:
     policy, prompts = make_policy(), make_prompts()
     rollouts = generate(policy, prompts, **filters, max_new_tokens=3)
@@ -152,27 +169,22 @@ def test_filtered_logprobs_are_those_of_the_filtered_distribution(filters: dict[
     ):
         for t, token in enumerate(response):
             before = np.concatenate([prompt, response[:t]])
-            p, order = (next_logits(policy, before) / 0.8).softmax(-1).sort(descending=True)
-            keep = torch.ones(VOCAB, dtype=torch.bool)
-            if "top_k" in filters:
-                keep[filters["top_k"] :] = False
-                p = torch.where(keep, p, 0.0) / p[keep].sum()
-            if "top_p" in filters:
-                keep &= p.cumsum(0) - p < filters["top_p"]
-                p = torch.where(keep, p, 0.0) / p[keep].sum()
-            if "min_p" in filters:
-                keep &= p >= filters["min_p"] * p[0]
-                p = torch.where(keep, p, 0.0) / p[keep].sum()
-            assert float(p[order == token].log()) == pytest.approx(float(logprobs[t]), abs=1e-4)
+            p = filtered((next_logits(policy, before) / 0.8).softmax(-1), filters)
+            assert float(p[token].log()) == pytest.approx(float(logprobs[t]), abs=1e-4)
 
 
-def test_frequencies_follow_the_temperature() -> None:
+@pytest.mark.parametrize("filters", [{}, *FILTERS], ids=str)
+def test_frequencies_follow_the_distribution(filters: dict[str, Any]) -> None:
     policy, prompt = make_policy(), make_prompts()[0]
-    rollouts = generate(policy, [prompt] * 4000, temperature=1.5, max_new_tokens=1)
+    rollouts = generate(policy, [prompt] * 4000, temperature=1.5, max_new_tokens=1, **filters)
     tokens = np.concatenate(rollouts.responses)
-    expected = (next_logits(policy, prompt) / 1.5).softmax(-1).numpy()
-    observed = np.bincount(tokens, minlength=VOCAB) / len(tokens)
-    assert np.abs(observed - expected).sum() < 0.12  # total variation of 4000 draws
+    p = filtered((next_logits(policy, prompt) / 1.5).softmax(-1), filters).double().numpy()
+    expected, observed = 4000 * p, np.bincount(tokens, minlength=VOCAB)
+    kept = expected > 0
+    assert observed[~kept].sum() == 0
+    chi_square = ((observed[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    freedom = kept.sum() - 1
+    assert chi_square < freedom + 3.0 * np.sqrt(2.0 * freedom)  # mean and deviation of chi-square
 
 
 def test_no_token_is_filtered_by_default() -> None:
@@ -275,6 +287,36 @@ def test_same_seed_same_responses_and_the_global_generator_stays() -> None:
     assert [r.tolist() for r in other.responses] != [r.tolist() for r in first.responses]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("max_rows", [1, 2, 5, 6, 100])
+def test_passes_of_fewer_rows_change_no_sample(
+    family: str, temperature: float, max_rows: int
+) -> None:
+    policy, prompts = make_policy(family), make_prompts() * 2
+    seen: list[int] = []
+    whole = generate(policy, prompts, temperature=temperature)
+    hook = policy.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[0])
+    )
+    engine = TransformersEngine(policy, max_rows)
+    split = engine.generate(prompts, sampling(temperature=temperature))
+    hook.remove()
+    assert set(seen) == {min(12, max_rows)} | ({2} if max_rows == 5 else set())
+    assert_same(whole, split)
+    np.testing.assert_array_equal(whole.finished, split.finished)
+    np.testing.assert_array_equal(whole.truncated, split.truncated)
+    np.testing.assert_allclose(
+        np.concatenate(whole.logprobs), np.concatenate(split.logprobs), atol=1e-5, rtol=0
+    )
+    assert engine.max_rows == max_rows
+
+
+def test_samples_of_one_prompt_differ() -> None:
+    rollouts = generate(make_policy(), make_prompts()[:1] * 20, eos_token_ids=())
+    assert len({tuple(r.tolist()) for r in rollouts.responses}) == 20
+    assert len({int(token) for token in rollouts.responses[0]}) > 3
+
+
 # what generation must not inherit or leave behind
 
 
@@ -321,15 +363,17 @@ def test_decoding_uses_the_cache_even_with_gradient_checkpointing() -> None:
     assert widths == [12] + [1] * 9
 
 
-def test_only_one_array_of_scores_is_kept() -> None:
-    from fastppo.rollout.transformers import _Recorder
-
-    recorder = _Recorder(sampling(temperature=1.0))
-    ids = torch.zeros(4, 1, dtype=torch.long)
+def test_no_array_of_scores_is_kept() -> None:
+    chosen = sampling(temperature=1.0)
+    sampler = Sampler(chosen, uniforms(4, chosen))
+    alive = []
     for _ in range(5):
-        recorder(ids, torch.zeros(4, VOCAB))
-    kept = [x for x in [recorder.scores, *recorder.gathered] if x is not None]
-    assert [tuple(x.shape) for x in kept] == [(4, VOCAB)] + [(4,)] * 4
+        scores = torch.zeros(4, VOCAB)
+        alive.append(weakref.ref(scores))
+        sampler(torch.zeros(4, 1, dtype=torch.long), scores)
+        del scores
+    assert [ref() for ref in alive] == [None] * 5
+    assert [tuple(x.shape) for x in sampler.gathered] == [(4,)] * 5
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -361,6 +405,11 @@ def test_lora_policy_samples_from_the_adapter() -> None:
 def test_unusable_prompts_are_refused(prompts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(make_policy(), [np.asarray(p, dtype=np.int64) for p in prompts])
+
+
+def test_no_rows_at_all_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_rows: expected None or an integer ≥ 1, got 0"):
+        TransformersEngine(make_policy(), max_rows=0).generate(make_prompts(), sampling())
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastppo.device import free_memory, is_out_of_memory
+
 
 class RewardModel:
     """A reward function made of a `AutoModelForSequenceClassification` with one label.
@@ -32,7 +34,8 @@ class RewardModel:
             the given model already is.
         dtype: of the weights; bfloat16 on CUDA and float32 on CPU when None (a folder), untouched
             when None (a model).
-        token_budget: padded tokens per forward pass (rows times the longest row).
+        token_budget: padded tokens per forward pass (rows times the longest row). Lowered where
+            memory runs out, for the calls to come too.
 
     Raises:
         ValueError: no such folder, not a sequence classifier, more than one label, no tokenizer.
@@ -152,7 +155,7 @@ class RewardModel:
         Raises:
             ValueError: a sample is empty or longer than the reward model's positions.
         """
-        model = self.load()
+        self.load()
         encoded = self.encode(prompts, completions)
         longest = getattr(self.config, "max_position_embeddings", None)
         for sample, ids in enumerate(encoded):
@@ -162,23 +165,44 @@ class RewardModel:
                     f"which reads 1 to {longest or 'any number'}; shorten max_prompt_length or "
                     "max_response_length"
                 )
+        lengths = [len(ids) for ids in encoded]
         scores = [0.0] * len(encoded)
-        pad = getattr(self.config, "pad_token_id", None)
         # Classifiers on causal models read the last token that is not `pad`. Without a pad id they
         # accept one sequence at a time only, and inventing an id would move what they read.
-        budget = self.token_budget if pad is not None else 1
-        for rows in _batches([len(ids) for ids in encoded], budget):
-            width = max(len(encoded[row]) for row in rows)
-            input_ids = torch.full((len(rows), width), pad or 0)  # (rows, width) int64
-            mask = torch.zeros_like(input_ids)
-            for i, row in enumerate(rows):
-                input_ids[i, : len(encoded[row])] = torch.tensor(encoded[row])
-                mask[i, : len(encoded[row])] = 1
-            logits: Tensor = model(
-                input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
-            ).logits  # (rows, 1)
-            for row, score in zip(rows, logits.float().squeeze(-1).tolist(), strict=True):
-                scores[row] = score
+        batched = getattr(self.config, "pad_token_id", None) is not None
+        pending = _batches(lengths, self.token_budget if batched else 1)
+        while pending:
+            rows = pending[0]
+            try:
+                found = self._forward([encoded[row] for row in rows])
+            except Exception as error:
+                if len(rows) == 1 or not is_out_of_memory(error):
+                    raise
+                found = []
+            if found:
+                for row, score in zip(pending.pop(0), found, strict=True):
+                    scores[row] = score
+            else:  # the error, gone by now, kept the tensors of its pass alive
+                free_memory(self.device)
+                self.token_budget = len(rows) * lengths[rows[0]] // 2
+                left = [row for batch in pending for row in batch]
+                again = _batches([lengths[row] for row in left], self.token_budget)
+                pending = [[left[i] for i in batch] for batch in again]
+        return scores
+
+    def _forward(self, encoded: Sequence[list[int]]) -> list[float]:
+        """The scores of samples (token ids, the longest first) in one pass of the model."""
+        input_ids = torch.full(
+            (len(encoded), len(encoded[0])), getattr(self.config, "pad_token_id", None) or 0
+        )  # (rows, longest) int64
+        mask = torch.zeros_like(input_ids)
+        for i, ids in enumerate(encoded):
+            input_ids[i, : len(ids)] = torch.tensor(ids)
+            mask[i, : len(ids)] = 1
+        logits: Tensor = self._model(
+            input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
+        ).logits  # (rows, 1)
+        scores: list[float] = logits.float().squeeze(-1).tolist()
         return scores
 
 

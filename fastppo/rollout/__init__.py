@@ -65,11 +65,17 @@ class Rollouts:
     logprobs: list[np.ndarray]
     """B arrays float32, in nats: log-probability of each token under the distribution it was drawn
     from, that is at the sampling temperature and renormalised over what top-p, top-k and min-p
-    kept; at temperature 1 where the temperature is 0."""
+    kept; at temperature 1 where the temperature is 0. NaN where the model's logits were not finite
+    numbers."""
     finished: np.ndarray
     """(B,) bool: an end-of-sequence token was generated."""
     truncated: np.ndarray
     """(B,) bool: `max_new_tokens` were generated and none of them ended the response."""
+
+    @property
+    def finite(self) -> np.ndarray:
+        """(B,) bool: all log-probabilities are finite; a row where they are not is not a sample."""
+        return np.array([bool(np.isfinite(row).all()) for row in self.logprobs], dtype=bool)
 
 
 class Engine(Protocol):

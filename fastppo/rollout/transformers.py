@@ -4,8 +4,10 @@ Prompts are padded on the left, with explicit mask and positions. The sampling d
 here and not by the model's generation_config: a checkpoint that ships top_k = 50 or a repetition
 penalty would otherwise sample from another distribution than the one that is trained.
 
-Log-probabilities are gathered step by step from the logits that a token was drawn from, so that
-only one (B, V) array is alive; keeping the scores of all steps would take B x steps x V x 4 bytes.
+Tokens are drawn by `Sampler`, from uniforms that belong to the row and are made once per call, so
+that a batch may be split into passes that fit into memory. Log-probabilities are gathered step by
+step from the logits that a token was drawn from, so that only one (B, V) array is alive; keeping
+the scores of all steps would take B x steps x V x 4 bytes.
 """
 
 from __future__ import annotations
@@ -17,15 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList
 
+from fastppo.device import free_memory, is_out_of_memory
 from fastppo.policy import Policy
 from fastppo.rollout import Rollouts, Sampling
+from fastppo.rollout.sampler import Sampler, uniforms
 
 _new_config: Any = GenerationConfig  # transformers leaves its constructor untyped
 
@@ -33,12 +32,18 @@ _new_config: Any = GenerationConfig  # transformers leaves its constructor untyp
 class TransformersEngine:
     """The engine of `fastppo.rollout.Engine` that needs nothing but transformers.
 
+    A call that runs out of memory goes on with half as many rows in each pass, down to one. That
+    changes no sample but through the rounding of the logits.
+
     Args:
         policy: whose current weights sample; nothing is copied.
+        max_rows: most prompts in one pass of the model, at least 1; None is all of a call. Lowered
+            where memory runs out, for the calls to come too.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, max_rows: int | None = None) -> None:
         self.policy = policy
+        self.max_rows = max_rows
 
     def generate(self, prompts: Sequence[np.ndarray], sampling: Sampling) -> Rollouts:
         """One response to each prompt; the same seed and weights give the same responses.
@@ -48,29 +53,55 @@ class TransformersEngine:
             sampling: how to draw.
 
         Raises:
-            ValueError: no prompts, an empty one, or one too long for the model's positions.
+            ValueError: no prompts, an empty one, or one too long for the model's positions;
+                `max_rows` below 1.
+            Interrupted: a signal has come; the policy is as before.
         """
+        _check_prompts(prompts)
+        self._check_positions(max(len(prompt) for prompt in prompts), sampling.max_new_tokens)
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows: expected None or an integer ≥ 1, got {self.max_rows}")
+        drawn = uniforms(len(prompts), sampling).to(self.policy.device)
+        parts: list[Rollouts] = []
+        done = 0
+        while done < len(prompts):
+            rows = slice(done, min(len(prompts), done + (self.max_rows or len(prompts))))
+            count = rows.stop - rows.start
+            try:
+                part = self._pass(prompts[rows], drawn[rows], sampling)
+            except Exception as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+                part = None
+            if part is None:  # the error, gone by now, kept the tensors of its pass alive
+                free_memory(self.policy.device)
+                self.max_rows = count // 2
+            else:
+                parts.append(part)
+                done = rows.stop
+        return _joined(parts)
+
+    def _pass(self, prompts: Sequence[np.ndarray], drawn: Tensor, sampling: Sampling) -> Rollouts:
+        """Responses to some prompts from their uniforms `drawn` (rows, max_new_tokens)."""
         device = self.policy.device
         ids, mask = _left_padded(prompts, sampling.pad_token_id)
-        self._check_positions(ids.shape[1], sampling.max_new_tokens)
         input_ids, attention_mask = torch.from_numpy(ids), torch.from_numpy(mask)
-        recorder = _Recorder(sampling)
+        sampler = Sampler(sampling, drawn)
         with (
             torch.no_grad(),
             self.policy.unpacked() as model,
             _own_generation_config(model),
             self.policy.autocast(),
-            _seeded(sampling.seed, device),
         ):
             sequences = model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(device),
                 generation_config=_generation_config(sampling),
-                logits_processor=LogitsProcessorList([recorder]),
+                logits_processor=LogitsProcessorList([sampler]),
             )
-        tokens = sequences[:, ids.shape[1] :]  # (B, steps)
-        logprobs = recorder.logprobs(tokens).cpu().numpy()  # (B, steps)
+        tokens = sequences[:, ids.shape[1] :]  # (rows, steps)
+        logprobs = sampler.logprobs(tokens.shape[1]).cpu().numpy()  # (rows, steps)
         return _cut(tokens.cpu().numpy().astype(np.int32), logprobs, sampling)
 
     def _check_positions(self, longest: int, new: int) -> None:
@@ -83,56 +114,11 @@ class TransformersEngine:
             )
 
 
-class _Recorder(LogitsProcessor):
-    """Makes the sampling distribution and gathers the log-probability of each token drawn.
-
-    The token drawn from one step's scores is known at the next call, and the last ones afterwards.
-    """
-
-    def __init__(self, sampling: Sampling) -> None:
-        self.temperature = sampling.temperature or 1.0
-        self.warpers: list[Any] = []
-        if sampling.temperature > 0:
-            if sampling.top_k > 0:
-                self.warpers.append(TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p < 1.0:
-                self.warpers.append(TopPLogitsWarper(sampling.top_p))
-            if sampling.min_p > 0.0:
-                self.warpers.append(MinPLogitsWarper(sampling.min_p))
-        self.scores: Tensor | None = None  # (B, V) fp32, of the latest step
-        self.gathered: list[Tensor] = []  # (B,) fp32 of each step before it
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) of the next token → logits of the distribution to draw it from."""
-        if self.scores is not None:
-            self.gathered.append(_gather(self.scores, input_ids[:, -1]))
-        self.scores = scores.float() / self.temperature
-        for warper in self.warpers:
-            self.scores = warper(input_ids, self.scores)
-        return self.scores
-
-    def logprobs(self, tokens: Tensor) -> Tensor:
-        """Log-probabilities (B, steps) fp32 of the tokens (B, steps) that `generate` returned."""
-        steps = tokens.shape[1]
-        if self.scores is not None and len(self.gathered) < steps:
-            self.gathered.append(_gather(self.scores, tokens[:, -1]))
-            self.scores = None
-        return torch.stack(self.gathered[:steps], 1)
-
-
-def _gather(scores: Tensor, tokens: Tensor) -> Tensor:
-    """log_softmax(scores)[tokens] (B,) of scores (B, V), without a second (B, V) array."""
-    picked = scores.gather(1, tokens[:, None]).squeeze(1)
-    return (picked - scores.logsumexp(1)).clamp(max=0.0)
-
-
 def _generation_config(sampling: Sampling) -> GenerationConfig:
-    """Everything off that would change the distribution; the recorder has made it already."""
-    sampled = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampling.temperature > 0 else {}
+    """Greedy, with everything off that would change the scores; the sampler has drawn already."""
     config: GenerationConfig = _new_config(
-        **sampled,
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampling.temperature > 0,
+        do_sample=False,
         num_beams=1,
         use_cache=True,
         eos_token_id=list(sampling.eos_token_ids) or None,
@@ -152,24 +138,16 @@ def _own_generation_config(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators that `generate` draws from, and put them back afterwards."""
-    indices = [device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=indices):
-        torch.default_generator.manual_seed(seed)
-        for index in indices:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield
-
-
-def _left_padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask, both (B, longest) int64, with the padding on the left."""
+def _check_prompts(prompts: Sequence[np.ndarray]) -> None:
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one, got none")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts: expected token ids, got an empty prompts[{i}]")
+
+
+def _left_padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask, both (rows, longest) int64, with the padding on the left."""
     longest = max(len(prompt) for prompt in prompts)
     ids = np.full((len(prompts), longest), pad, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -190,4 +168,14 @@ def _cut(tokens: np.ndarray, logprobs: np.ndarray, sampling: Sampling) -> Rollou
         logprobs=[row[:n].copy() for row, n in zip(logprobs, lengths, strict=True)],
         finished=finished,
         truncated=np.logical_not(finished),
+    )
+
+
+def _joined(parts: Sequence[Rollouts]) -> Rollouts:
+    """The rollouts of several passes, in their order."""
+    return Rollouts(
+        responses=[row for part in parts for row in part.responses],
+        logprobs=[row for part in parts for row in part.logprobs],
+        finished=np.concatenate([part.finished for part in parts]),
+        truncated=np.concatenate([part.truncated for part in parts]),
     )
