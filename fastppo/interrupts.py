@@ -21,6 +21,7 @@ from contextlib import contextmanager
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _pending: int | None = None
+_pipe: tuple[int, ...] = ()  # the descriptors of `handled`, inside it
 
 
 class Interrupted(SystemExit):
@@ -47,12 +48,12 @@ def handled() -> Iterator[None]:
     in the middle of a long matrix product too. Does nothing outside the main thread, where Python
     cannot handle signals.
     """
-    global _pending
+    global _pending, _pipe
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _pending = None
-    receive, send = os.pipe()
+    _pipe = receive, send = os.pipe()
     os.set_blocking(send, False)
     before = {signum: signal.signal(signum, _do_nothing) for signum in SIGNALS}
     wakeup = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
@@ -67,14 +68,27 @@ def handled() -> Iterator[None]:
         os.close(send)  # the watcher sees the end of the pipe
         watcher.join()
         os.close(receive)
-        _pending = None
+        _pending, _pipe = None, ()
 
 
 def forget_in_child() -> None:
-    """In a forked process: leave signals to the parent, which ends this process when it is done."""
+    """In a forked process: leave signals to the parent, which ends this process when it is done.
+
+    What this process starts in turn has the usual handlers.
+    """
+    global _pending, _pipe
     signal.set_wakeup_fd(-1)
+    for descriptor in _pipe:  # while one is open here, the parent's watcher sees no end of the pipe
+        os.close(descriptor)
+    _pending, _pipe = None, ()
     for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signum, _do_nothing)  # SIG_IGN would be handed on to other programs
+    os.register_at_fork(after_in_child=_usual_handlers)
+
+
+def _usual_handlers() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _do_nothing(signum: int, frame: object) -> None:

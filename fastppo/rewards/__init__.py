@@ -4,22 +4,29 @@ A reward function is called as TRL calls it, by keyword, once for the whole batc
 
     f(prompts, completions, completion_ids, **dataset_columns) -> list[float | None]
 
-It receives only what its signature names, or everything when it takes **kwargs. It may be async;
-the async ones run at the same time in one event loop. None says "I cannot score this sample": the
+It receives only what its signature names, or everything when it takes **kwargs. It may be async.
+None says "I cannot score this sample": the
 function is left out of that sample's weighted sum, and a sample that no function scored is NaN,
 which the trainer keeps out of the loss. With chat prompts, `prompts` are lists of messages and
 `completions` are [{"role": "assistant", "content": text}]; with plain prompts both are strings. The
 lists are copies, the messages in them are shared: do not change them.
 
-An exception, a wrong length, a wrong type or a score that is not finite raises RewardError. Every
-call goes through `calls.call_functions`.
+Functions run in worker processes with limits of time and memory (`RewardLimits`). A sample that a
+function cannot score, for an exception, a hang, a crash, a wrong length or type or a score that is
+not finite, is a `RewardFailure`: its reward is NaN. More of them than `max_failure_rate` raise
+RewardError. What a function says about itself with `declare` decides how often it may be called.
+
+    calls → {inline, pool → worker → child}    here, or in a forked process
+    isolation                                  which rows to call a function on next
+    scores, failures, limits                   what a call came to; what is accepted
+    loading, model, http                       kinds of reward functions
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import numbers
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -28,27 +35,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastppo.rewards.calls import (
-    BoundFunction,
+from fastppo.rewards.calls import BoundFunction, RewardFunction, call_functions
+from fastppo.rewards.failures import (
+    FailureWindow,
+    Losses,
     RewardError,
-    RewardFunction,
-    call_functions,
-    reward_error,
+    RewardFailure,
+    RewardUnavailableError,
 )
+from fastppo.rewards.http import HTTPReward
+from fastppo.rewards.limits import RewardLimits, declare
 from fastppo.rewards.loading import load_reward_func, resolve_reward
 from fastppo.rewards.model import RewardModel
+from fastppo.rewards.pool import Pool
 
 __all__ = [
+    "HTTPReward",
     "RewardBatch",
     "RewardError",
+    "RewardFailure",
+    "RewardLimits",
     "RewardModel",
+    "RewardUnavailableError",
     "Rewards",
+    "declare",
     "load_reward_func",
     "resolve_reward",
 ]
 
 _PROVIDED = ("prompts", "completions", "completion_ids")
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_SUM = "weighted sum of all"  # what an overflow of the sum is blamed on
 
 
 @dataclass(frozen=True)
@@ -56,12 +72,18 @@ class RewardBatch:
     """The rewards of a batch of B samples.
 
     Attributes:
-        scores: (B,) float32, the weighted sum; NaN where no function scored the sample.
-        per_function: name of the function → (B,) float32, unweighted; NaN where it returned None.
+        scores: (B,) float32, the weighted sum; NaN where no function scored the sample, and where
+            any function failed: a sum of the others would be another reward.
+        per_function: name of the function → (B,) float32, unweighted; NaN where it returned None or
+            failed.
+        failures: one per sample and function that failed, by sample.
+        lost: number of samples with a failure.
     """
 
     scores: np.ndarray
     per_function: dict[str, np.ndarray]
+    failures: tuple[RewardFailure, ...] = ()
+    lost: int = 0
 
 
 class Rewards:
@@ -70,6 +92,9 @@ class Rewards:
     Args:
         funcs: one callable or a sequence of them (functions, async functions, RewardModel).
         weights: one finite number per function; 1 each when None.
+        limits: how functions run and how much may fail; in this process, and nothing, when None.
+
+    A context manager: at its end, or with `close`, the worker processes end.
 
     Raises:
         TypeError: something is not callable, or cannot be called by keyword.
@@ -80,6 +105,7 @@ class Rewards:
         self,
         funcs: RewardFunction | Sequence[RewardFunction],
         weights: Sequence[float] | None = None,
+        limits: RewardLimits | None = None,
     ) -> None:
         listed: list[Any] = [funcs] if callable(funcs) else list(funcs)
         if not listed:
@@ -98,6 +124,28 @@ class Rewards:
         self.weights = _checked_weights(weights, len(listed))
         names = unique_names(listed)
         self._functions = [BoundFunction.of(f, n) for f, n in zip(listed, names, strict=True)]
+        self.limits = limits or RewardLimits(workers=0)
+        self._window = FailureWindow()
+        self._pool = Pool(self.limits)
+        weakref.finalize(self, self._pool.close).atexit = False  # pool.py has its own
+
+    def __enter__(self) -> Rewards:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes. A later call would start new ones."""
+        self._pool.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The failures of the last batches, which `max_failure_rate` looks at, as plain JSON."""
+        return self._window.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+        self._window.load_state_dict(state)
 
     @property
     def names(self) -> list[str]:
@@ -149,11 +197,12 @@ class Rewards:
             completion_ids: B sequences of token ids, for functions that ask for them.
 
         Returns:
-            The scores, with NaN where no function scored the sample.
+            The scores, with NaN where no function scored the sample or one failed.
 
         Raises:
-            RewardError: a function failed or returned something that is not B scores.
+            RewardError: more samples were lost to failures than `max_failure_rate` allows.
             ValueError: an argument does not hold B values, or a required column is missing.
+            TypeError: a column cannot be sent to a worker.
         """
         provided: dict[str, Sequence[Any]] = dict(columns or {})
         provided["prompts"] = prompts
@@ -172,21 +221,29 @@ class Rewards:
                     f"got {len(values)}"
                 )
         self._check_available(list(provided))
-        results = call_functions(self._functions, provided)
-        total = np.zeros(len(prompts))
-        scored = np.zeros(len(prompts), dtype=bool)
-        per_function: dict[str, np.ndarray] = {}
-        for function, weight, result in zip(self._functions, self.weights, results, strict=True):
-            scores = _checked_scores(function.name, result, provided)
+        losses = Losses(self._window, self.limits.max_failure_rate, provided)
+        results = call_functions(self._functions, provided, losses, self.limits, self._pool)
+        scores = self._weighted_sum(results, losses)
+        failures = sorted(losses.failures, key=lambda failure: failure.sample)
+        per_function = dict(zip(self.names, results, strict=True))
+        return RewardBatch(scores, per_function, tuple(failures), losses.close())
+
+    def _weighted_sum(
+        self, results: Sequence[np.ndarray], losses: Losses
+    ) -> np.ndarray:  # (B,) float32
+        total = np.zeros(len(results[0]))
+        scored = np.zeros(len(results[0]), dtype=bool)
+        for weight, scores in zip(self.weights, results, strict=True):
             here = ~np.isnan(scores)
             total[here] += weight * scores[here].astype(np.float64)
             scored |= here
-            per_function[function.name] = scores
+        scored[[failure.sample for failure in losses.failures]] = False
         with np.errstate(over="ignore"):
             combined = np.where(scored, total, np.nan).astype(np.float32)
-        if (overflow := np.flatnonzero(np.isinf(combined))).size:
-            raise reward_error("weighted sum of all", int(overflow[0]), provided, "outside float32")
-        return RewardBatch(combined, per_function)
+        for sample in np.flatnonzero(np.isinf(combined)).tolist():
+            combined[sample] = np.nan
+            losses.add(_SUM, [sample], "not_finite", "outside float32", blamed=sample)
+        return combined
 
 
 def unique_names(funcs: Sequence[RewardFunction]) -> list[str]:
@@ -220,52 +277,3 @@ def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]
                 f"reward_weights must be finite, got reward_weights[{index}] = {weight}"
             )
     return checked
-
-
-def _checked_scores(
-    name: str, result: Any, provided: Mapping[str, Sequence[Any]]
-) -> np.ndarray:  # (B,) float32, NaN for None
-    expected = len(provided["prompts"])
-    if isinstance(result, (np.ndarray, torch.Tensor)) and result.ndim == 1:
-        result = result.tolist()
-    if not isinstance(result, (list, tuple)):
-        raise reward_error(
-            name,
-            None,
-            provided,
-            f"must return a list of {expected} numbers or None, got {type(result).__name__}",
-        )
-    if len(result) != expected:
-        raise reward_error(
-            name,
-            len(result) if len(result) < expected else None,
-            provided,
-            f"must return one score per sample: expected {expected}, got {len(result)}",
-        )
-    scores = np.full(expected, np.nan, dtype=np.float32)
-    for sample, value in enumerate(result):
-        if value is None:
-            continue
-        number = _as_number(value)
-        if number is None:
-            problem = f"must be a number or None, got {value!r} of type {type(value).__name__}"
-            raise reward_error(name, sample, provided, f"score {problem}")
-        if not abs(number) <= _FLOAT32_MAX:  # also catches NaN
-            problem = f"must be finite in float32, got {number}"
-            fix = "return None for a sample that cannot be scored"
-            raise reward_error(name, sample, provided, f"score {problem}; {fix}")
-        scores[sample] = number
-    return scores
-
-
-def _as_number(value: Any) -> float | None:
-    """A bool, int, float, NumPy scalar or one-element tensor as a float; None for other types."""
-    one_array = isinstance(value, (np.generic, np.ndarray)) and value.size == 1
-    if one_array or (isinstance(value, torch.Tensor) and value.numel() == 1):
-        value = value.item()
-    if not isinstance(value, numbers.Real):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # an int beyond float64
-        return math.inf

@@ -1,4 +1,4 @@
-"""Reward functions by name: "file.py:function", "module:function", or a reward model's folder."""
+"""Reward functions by name: "file.py:function", "module:function", a model's folder, a URL."""
 
 from __future__ import annotations
 
@@ -6,37 +6,45 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fastppo.rewards.http import HTTPReward
 from fastppo.rewards.model import RewardModel
 
 
 def resolve_reward(
-    spec: str | Path | Callable[..., Any], base_dir: str | Path | None = None
+    spec: str | Path | Callable[..., Any],
+    base_dir: str | Path | None = None,
+    *,
+    allowed_hosts: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """The reward function that a configuration or a caller means.
 
     Args:
-        spec: a callable (returned as it is), "file.py:function", "module:function", or the folder
-            of a sequence classifier, which becomes a `RewardModel`.
+        spec: a callable (returned as it is), "file.py:function", "module:function", the folder of a
+            sequence classifier, which becomes a `RewardModel`, or a URL with http or https, which
+            becomes an `HTTPReward`.
         base_dir: what relative paths start from, usually the configuration's folder; the current
             directory when None.
+        allowed_hosts: hosts that an https URL may name.
 
     Raises:
-        ValueError: nothing is found under that name.
+        ValueError: nothing is found under that name, or the URL is not allowed.
         TypeError: the name is not a function.
     """
     if not isinstance(spec, (str, Path)):
         if callable(spec):
             return spec
         raise TypeError(
-            "reward must be a function, 'file.py:function', 'module:function' or a folder, "
+            "reward must be a function, 'file.py:function', 'module:function', a folder or a URL, "
             f"got {spec!r}"
         )
+    if str(spec).lower().startswith(("http://", "https://")):
+        return HTTPReward(str(spec), allowed_hosts=allowed_hosts)
     folder = _resolve(spec, base_dir)
     if folder.is_dir():
         return RewardModel(folder)
@@ -46,8 +54,8 @@ def resolve_reward(
     if folder.suffix == ".py":
         hint = f"; name the function too: '{spec}:function'"
     raise ValueError(
-        f"reward {str(spec)!r} must be 'file.py:function', 'module:function' or the folder of a "
-        f"reward model, got neither (no folder {folder}){hint}"
+        f"reward {str(spec)!r} must be 'file.py:function', 'module:function', the folder of a "
+        f"reward model or a URL, got none of them (no folder {folder}){hint}"
     )
 
 

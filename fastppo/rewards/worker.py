@@ -1,0 +1,249 @@
+"""The parent's side of a reward worker: one forked process, its calls, its limits and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import pickle
+import select
+import signal
+import socket
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fastppo import interrupts
+from fastppo.rewards.child import LENGTH, READING, TAKEN, Setting, serve
+from fastppo.rewards.limits import RewardLimits
+from fastppo.rewards.scores import NOBODY, Outcome, Problem, suspect_of
+
+_LAST_BREATH = 1.0  # seconds for the exit status of a worker that closed its connection
+_CHUNK = 1 << 16  # bytes
+
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # parent's ends of all workers
+
+
+class WorkerError(Exception):
+    """The traceback of an exception in a worker, as text; a RewardError is chained to it."""
+
+
+class Worker:
+    """A process that calls one function; forked at the first call, and anew after it was killed.
+
+    Forking (not spawning) is what lets a function be a closure, a lambda or a bound method.
+
+    Args:
+        call: the reward function.
+        name: of the process, as tools such as `ps` and a debugger may show it.
+        limits: of a call.
+    """
+
+    def __init__(self, call: Callable[..., Any], name: str, limits: RewardLimits) -> None:
+        self._call = call
+        self._name = name
+        self._limits = limits
+        self._process: Any = None  # its class depends on the platform
+        self._socket: socket.socket | None = None
+        self._memory: mmap.mmap | None = None
+        self._note: Any = None  # int64 view of _memory
+        self._request = b""
+        self._sent = 0  # bytes of the request
+        self._reply = bytearray()
+        self._requests = 0  # since the fork
+        self._fresh_start = False  # the request was given to a second process already
+        self.deadline = 0.0  # of the current call, on the monotonic clock
+
+    def begin(self, arguments: dict[str, list[Any]], count: int) -> None:
+        """Start a call on `count` samples.
+
+        Raises:
+            TypeError: an argument cannot be pickled.
+        """
+        self._request = self._frame(arguments, count)
+        self._fresh_start = False
+        if self._process is not None and _peek(self._process.pid) is not None:
+            self.stop()  # died while idle: nobody's fault
+        self._send()
+
+    def _frame(self, arguments: dict[str, list[Any]], count: int) -> bytes:
+        try:
+            body = pickle.dumps((count, arguments), pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            raise TypeError(
+                f"reward function {self._name!r}: its columns {', '.join(arguments)} must be plain "
+                f"data to be sent to its worker process ({type(error).__name__}: {error}). Store "
+                "plain values in the dataset, or set workers to 0"
+            ) from error
+        return LENGTH.pack(len(body)) + body
+
+    def _send(self) -> None:
+        if self._process is None:
+            self._start()
+        self._sent = 0
+        self._reply.clear()
+        self._requests += 1
+        self.deadline = time.monotonic() + self._limits.timeout
+        self._write()
+
+    def watch(self, poll: select.poll) -> int:
+        """Register with `poll` for what the call waits for; the descriptor."""
+        assert self._socket is not None
+        unsent = self._sent < len(self._request)
+        poll.register(self._socket, select.POLLIN | (select.POLLOUT if unsent else 0))
+        return self._socket.fileno()
+
+    def proceed(self) -> Outcome | None:
+        """Write and read what can be without waiting: the outcome, once the call is over."""
+        self._write()
+        while True:
+            assert self._socket is not None
+            try:
+                data = self._socket.recv(_CHUNK)
+            except BlockingIOError:
+                return None
+            except ConnectionError:
+                data = b""
+            if not data:
+                return self._ended()
+            self._reply += data
+            if len(self._reply) >= LENGTH.size:
+                (size,) = LENGTH.unpack_from(self._reply)
+                if len(self._reply) - LENGTH.size >= size:
+                    return self._answered()
+
+    def overdue(self) -> Outcome | None:
+        """The outcome of a call whose time is up or whose process is gone, having killed it."""
+        if time.monotonic() < self.deadline:
+            # A process that the function started may hold the connection open: no end is seen.
+            process = self._process
+            if _peek(process.pid) is None:
+                return None
+            outcome = self.proceed()
+            return self._ended() if outcome is None and process is self._process else outcome
+        suspect = self._suspect()
+        self.stop()
+        message = f"did not return within {self._limits.timeout:g} s and was killed"
+        return Outcome(None, failure=Problem("timeout", message), suspect=suspect)
+
+    def stop(self) -> None:
+        """Kill the process, and what it started, at once. Does nothing where there is none."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert self._socket and self._note and self._memory
+        for kill in (os.killpg, os.kill):
+            with contextlib.suppress(OSError):
+                kill(process.pid, signal.SIGKILL)
+        process.join(5)
+        with contextlib.suppress(ValueError):  # it cannot be killed: stuck in the kernel
+            process.close()
+        self._socket.close()
+        self._note.release()
+        self._memory.close()
+        self._socket = self._note = self._memory = None
+
+    def abandon(self) -> None:
+        """In a forked process: forget the parent's worker."""
+        if self._socket:
+            self._socket.close()
+        self._process = self._socket = self._note = self._memory = None
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self._memory = mmap.mmap(-1, 16)
+        self._note = memoryview(self._memory).cast("q")
+        self._note[READING] = NOBODY
+        self._requests = 0
+        setting = Setting(
+            theirs, self._note, os.getpid(), self._limits.memory_gb, (*_sockets, ours)
+        )
+        context = multiprocessing.get_context("fork")
+        process = context.Process(
+            target=serve, args=(self._call, setting), name=f"fastppo-reward-{self._name}"
+        )
+        try:
+            with _signals_held(), warnings.catch_warnings():
+                # Python warns of forking while other threads run, as torch's do. The worker uses
+                # none of their locks: see child._settle.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        with contextlib.suppress(OSError):  # the worker does the same; whoever is first
+            os.setpgid(process.pid or 0, process.pid or 0)
+        self._process, self._socket = process, ours
+        _sockets.add(ours)
+
+    def _write(self) -> None:
+        assert self._socket is not None
+        with contextlib.suppress(BlockingIOError, ConnectionError):  # its end is seen on reading
+            while self._sent < len(self._request):
+                view = memoryview(self._request)[self._sent :]
+                self._sent += self._socket.send(view)
+
+    def _answered(self) -> Outcome:
+        outcome, text = pickle.loads(memoryview(self._reply)[LENGTH.size :])
+        assert isinstance(outcome, Outcome)
+        if outcome.failure is None:
+            return outcome
+        if outcome.failure.kind == "memory":
+            self.stop()  # what it still holds is unknown
+        cause = WorkerError(f"\n{text}") if text else None
+        return Outcome(None, failure=outcome.failure, suspect=outcome.suspect, cause=cause)
+
+    def _ended(self) -> Outcome | None:
+        assert self._note is not None
+        taken = self._note[TAKEN] >= self._requests
+        suspect = self._suspect()
+        how = _last_words(self._process.pid)
+        self.stop()
+        if not taken and not self._fresh_start:  # it died before the call
+            self._fresh_start = True
+            self._send()
+            return None
+        return Outcome(None, failure=Problem("crash", how), suspect=suspect)
+
+    def _suspect(self) -> int | None:
+        assert self._note is not None
+        return suspect_of(self._note)
+
+
+def _peek(pid: int) -> tuple[int, int] | None:
+    """(si_code, si_status) of a child that has ended, which stays unreaped; None while it runs."""
+    try:
+        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # reaped by somebody else
+        return (os.CLD_EXITED, -1)
+    return None if info is None else (info.si_code, info.si_status)
+
+
+def _last_words(pid: int) -> str:
+    """How a worker came to close its connection."""
+    ends = time.monotonic() + _LAST_BREATH
+    while (end := _peek(pid)) is None and time.monotonic() < ends:
+        time.sleep(0.001)
+    if end is None:
+        return "closed the connection of its worker process"
+    code, status = end
+    if code == os.CLD_EXITED:
+        return f"ended its worker process with exit code {status}"
+    hint = " (perhaps for lack of memory)" if status == signal.SIGKILL else ""
+    return f"crashed its worker process: {signal.Signals(status).name}{hint}"
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait, so that none meets a process that is half forked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
