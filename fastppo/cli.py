@@ -1,4 +1,4 @@
-"""The command line: `fastppo train | demo | doctor | profile`.
+"""The command line: `fastppo train | replay | export | demo | doctor | profile`.
 
 `train` reads one TOML file and overrides its values by flags: both go through the same parser, so
 a value means the same and is checked the same wherever it stands.
@@ -10,9 +10,9 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastppo.config import TrainConfig
 
@@ -24,6 +24,8 @@ else:
 _USAGE = """usage: fastppo COMMAND [options]
 
   train    train a language model with PPO    fastppo train --config examples/arithmetic.toml
+  replay   run a dumped step again            fastppo replay RUN/dumps/NAME
+  export   a checkpoint as a model            fastppo export RUN/checkpoints/NAME FOLDER
   demo     watch a tiny model learn, in 15 s  fastppo demo
   doctor   check this machine and a model     fastppo doctor --model MODEL
   profile  what the kernels compile to        fastppo profile --aot
@@ -39,7 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     one line and 130.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "demo": _demo, "doctor": _doctor, "profile": _profile}
+    commands = {
+        "train": _train,
+        "replay": _replay,
+        "export": _export,
+        "demo": _demo,
+        "doctor": _doctor,
+        "profile": _profile,
+    }
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE)
         return 0
@@ -127,58 +136,119 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     return flags
 
 
-def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
-    """The configuration of `fastppo train`, and whether it is a dry run."""
+class Invocation(NamedTuple):
+    """What `fastppo train` takes besides the configuration of a run."""
+
+    dry_run: bool
+    resume: bool | str  # True: the newest checkpoint of the run in output_dir
+    allow_changes: tuple[str, ...]
+
+
+def _take(args: list[str], flag: str) -> list[str] | None:
+    """Remove `flag` and the values after it from `args`; None where it is not there."""
+    for index, arg in enumerate(args):
+        if arg == flag:
+            end = next((i for i in range(index + 1, len(args)) if args[i][:2] == "--"), len(args))
+            values = args[index + 1 : end]
+        elif arg.startswith(f"{flag}="):
+            values, end = [arg.partition("=")[2]], index + 1
+        else:
+            continue
+        del args[index:end]
+        return values
+    return None
+
+
+def _at_most_one(flag: str, values: list[str]) -> str | None:
+    if len(values) > 1:
+        raise ValueError(f"{flag}: expected one value, got {' '.join(values)}")
+    return values[0] if values else None
+
+
+def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Invocation]:
+    """The configuration of `fastppo train`, and what to do with it."""
     import tyro
 
     args = list(argv)
-    dry_run = "--dry-run" in args
-    args = [arg for arg in args if arg != "--dry-run"]
+    dry_run = _take(args, "--dry-run") is not None
+    resume: bool | str = False
+    if (values := _take(args, "--resume")) is not None:
+        resume = _at_most_one("--resume", values) or True
+    allowed = _take(args, "--allow-changes") or []
     settings: dict[str, Any] = {}
-    for index, arg in enumerate(args):
-        if arg == "--config" or arg.startswith("--config="):
-            used = 1 if "=" in arg else 2
-            value = arg.partition("=")[2] if used == 1 else "".join(args[index + 1 : index + 2])
-            settings = read_toml(Path(value))
-            del args[index : index + used]
-            break
+    if (values := _take(args, "--config")) is not None:
+        settings = read_toml(Path(_at_most_one("--config", values) or ""))
     given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in args if arg[:2] == "--"}
     given |= {name.removeprefix("no_") for name in given}
     kept = {key: value for key, value in settings.items() if key not in given}
     config = tyro.cli(
         TrainConfig,
-        prog="fastppo train [--config FILE.toml] [--dry-run]",
+        prog=(
+            "fastppo train [--config FILE.toml] [--dry-run] [--resume [RUN | CHECKPOINT]] "
+            "[--allow-changes OPTION ...]"
+        ),
         description="Train a language model with PPO. Flags override the file.",
         args=[*as_flags(kept), *args],
     )
-    return config, dry_run
+    changes = tuple(name.replace("-", "_") for name in allowed)
+    return config, Invocation(dry_run, resume, changes)
 
 
 def _train(argv: Sequence[str]) -> int:
     try:
-        config, dry_run = parse_train(argv)
-        _quiet()
-        if dry_run:
-            from fastppo.dry_run import dry_run as show
-
-            show(config)
-            return 0
-        from fastppo.train import build_trainer
-
-        trainer = build_trainer(config)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+        config, invocation = parse_train(argv)
+    except (ValueError, TypeError, OSError) as error:
         return _refused("train", error)
+    from fastppo.checkpoint import CheckpointError
+    from fastppo.dry_run import dry_run
+    from fastppo.train import build_trainer
+
+    _quiet()
+    try:
+        if invocation.dry_run:
+            dry_run(config)
+            return 0
+        trainer = build_trainer(
+            config, resume=invocation.resume, allow_changes=invocation.allow_changes
+        )
+    except (ValueError, TypeError, ImportError, OSError, CheckpointError) as error:
+        return _refused("train", error)
+    from fastppo.interrupts import Interrupted
     from fastppo.rewards import RewardError
     from fastppo.step import NonFiniteError
 
     try:
         trainer.train()
-    except (RewardError, NonFiniteError) as error:
+    except (RewardError, NonFiniteError, CheckpointError, OSError) as error:
         return _refused("train", error)
-    except KeyboardInterrupt:
-        print(f"\nfastppo train: interrupted; the run is in {trainer.run_dir}", file=sys.stderr)
-        return _INTERRUPTED
+    except Interrupted as interrupted:
+        print(f"fastppo train: interrupted; the run is in {trainer.run_dir}", file=sys.stderr)
+        return 128 + interrupted.signum
     return 0
+
+
+def _replay(argv: Sequence[str]) -> int:
+    from fastppo.replay import replay
+
+    return _on_checkpoint("replay", replay, argv)
+
+
+def _export(argv: Sequence[str]) -> int:
+    from fastppo.replay import export
+
+    return _on_checkpoint("export", export, argv)
+
+
+def _on_checkpoint(command: str, function: Callable[..., int], argv: Sequence[str]) -> int:
+    import tyro
+
+    from fastppo.checkpoint import CheckpointError
+
+    _quiet()
+    try:
+        return tyro.cli(function, prog=f"fastppo {command}", args=list(argv))
+    except (ValueError, OSError, CheckpointError) as error:
+        return _refused(command, error)
 
 
 def _demo(argv: Sequence[str]) -> int:

@@ -57,6 +57,19 @@ class PPOConfig:
     min_p: float = 0.0
     """Drop tokens below this share of the top probability; 0 is off, else needs `is_correction`."""
 
+    # Rewards
+
+    reward_workers: int = 1
+    """Processes for each reward function; 0: call it in this process, without limits."""
+    reward_timeout: float = 60.0
+    """Seconds for one call of a reward function; a worker that takes longer is killed."""
+    reward_memory_gb: float = 4.0
+    """Memory that a reward worker may take, in GiB."""
+    max_reward_failures: float = 0.1
+    """Share of samples, over 10 iterations, that rewards may lose before the run stops."""
+    reward_hosts: tuple[str, ...] = ()
+    """Hosts that https rewards may be asked from."""
+
     # Scores
 
     missing_eos_penalty: float = 0.0
@@ -159,7 +172,13 @@ class PPOConfig:
     target_kl: float | None = None
     """Stop the epochs of an iteration once approx_kl exceeds this, in nats per token."""
     max_nonfinite_steps: int = 5
-    """Steps in a row with a non-finite gradient, each skipped, before the run stops."""
+    """Steps in a row with a non-finite loss or gradient, each skipped, before `on_nonfinite`."""
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """stop; or go back to the last checkpoint and sample anew, at most 3 times in a row."""
+    kl_warning: float = 1.0
+    """Warn, and keep the batch, where approx_kl or kl exceeds this, in nats per token; 0: never."""
+    entropy_warning: float = 0.01
+    """Warn, and keep the batch, where the entropy falls below this, in nats per token."""
 
     # Model
 
@@ -178,8 +197,12 @@ class PPOConfig:
     """Iterations between greedy evaluations; 0: only before and after training."""
     sample_interval: int = 5
     """Iterations between printed tables of samples; 0 is off."""
-    save_interval: int = 0
-    """Iterations between saved models; 0: only the final one."""
+    save_interval: int = 10
+    """Iterations between checkpoints, for an exact `--resume`; 0: one at a signal only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 0
+    """Checkpoints with the highest reward (the held-out one where measured) that are kept too."""
     report_to: tuple[Tracker, ...] = ()
     """Trackers besides metrics.jsonl."""
 
@@ -234,22 +257,25 @@ class PPOConfig:
         for name in (
             *("num_iterations", "prompts_per_iteration", "n_samples", "max_prompt_length"),
             *("max_response_length", "update_epochs", "num_minibatches", "token_budget"),
-            *("kl_horizon", "max_nonfinite_steps"),
+            *("kl_horizon", "max_nonfinite_steps", "keep_checkpoints"),
         ):
             self._require(name, getattr(self, name) >= 1, "an integer ≥ 1")
         for name in ("top_k", "critic_warmup", "warmup_iterations", "eval_interval"):
             self._require(name, getattr(self, name) >= 0, "an integer ≥ 0")
-        for name in ("sample_interval", "save_interval", "seed"):
+        for name in ("sample_interval", "save_interval", "seed", "keep_best", "reward_workers"):
             self._require(name, getattr(self, name) >= 0, "an integer ≥ 0")
-        for name in ("gamma", "gae_lambda", "min_p"):
+        for name in ("gamma", "gae_lambda", "min_p", "max_reward_failures"):
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
         for name in (
             *("kl_coef", "ent_coef", "clip_vloss", "weight_decay", "max_grad_norm"),
-            *("missing_eos_penalty", "adam_eps", "vf_coef"),
+            *("missing_eos_penalty", "adam_eps", "vf_coef", "kl_warning", "entropy_warning"),
         ):
             value = getattr(self, name)
             self._require(name, 0.0 <= value < math.inf, "a finite number ≥ 0")
-        for name in ("temperature", "learning_rate", "clip_coef", "is_cap"):
+        for name in (
+            *("temperature", "learning_rate", "clip_coef", "is_cap"),
+            *("reward_timeout", "reward_memory_gb"),
+        ):
             self._require(name, 0.0 < getattr(self, name) < math.inf, "a finite number > 0")
         for name in ("critic_learning_rate", "clip_coef_high", "kl_target", "target_kl"):
             value = getattr(self, name)
@@ -283,6 +309,8 @@ class PPOConfig:
             ),
             (self.kl_coef > 0, ("kl_in", "kl_estimator", "kl_target"), "kl_coef > 0"),
             (self.kl_target is not None, ("kl_horizon",), "kl_target"),
+            (self.reward_workers > 0, ("reward_timeout", "reward_memory_gb"), "reward_workers ≥ 1"),
+            (self.save_interval > 0, ("keep_checkpoints", "keep_best"), "save_interval ≥ 1"),
             (self.is_correction == "tis", ("is_cap",), 'is_correction = "tis"'),
             (self.is_correction == "icepop", ("is_low", "is_high"), 'is_correction = "icepop"'),
             (self.update_epochs > 1, ("target_kl",), "update_epochs ≥ 2"),

@@ -8,6 +8,8 @@ has to be saved to continue it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -108,6 +110,15 @@ class PromptDataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of tokens and columns: whether a run continues on the same prompts."""
+        digest = hashlib.sha256()
+        for ids in self.ids:
+            digest.update(np.int32(ids.size).tobytes() + ids.tobytes())
+        digest.update(json.dumps(self.columns, sort_keys=True, default=repr).encode())
+        return digest.hexdigest()
 
     def select(self, indices: Sequence[int] | np.ndarray) -> PromptBatch:
         """The prompts at `indices`, repeats allowed, in that order."""

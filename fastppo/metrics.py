@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import numbers
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,10 +55,11 @@ class _Sink(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], last: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
+        purge = last + 1 if last else None  # hides what the killed part of a run wrote after it
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         self._writer.add_text(
             "config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```"
         )
@@ -94,6 +96,8 @@ class MetricsWriter:
         config: the resolved configuration, shown by the trackers.
         run_name: the run's name in wandb and trackio.
         project: the project in wandb and trackio.
+        last_iteration: rows of later ones are dropped, which a resumed run writes again; None: no
+            row is.
 
     Raises:
         TypeError, ValueError: as `check_report_to`.
@@ -107,22 +111,23 @@ class MetricsWriter:
         run_name: str,
         *,
         project: str = "fastppo",
+        last_iteration: int | None = None,
     ) -> None:
         check_report_to(report_to)
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._sinks: list[_Sink] = []
-        plain = json.loads(json.dumps(_strict(config), default=str))
+        plain = json.loads(json.dumps(strict(config), default=str))
         shared = {"project": project, "name": run_name, "config": plain}
         for tracker in report_to:
             if tracker == "tensorboard":
-                self._sinks.append(_TensorBoard(run_dir, plain))
+                self._sinks.append(_TensorBoard(run_dir, plain, last_iteration))
             elif tracker == "wandb":
                 self._sinks.append(_Run("wandb", dir=str(run_dir), **shared))
             else:
                 self._sinks.append(_Run("trackio", **shared))
-        self._metrics = _open_lines(run_dir / "metrics.jsonl")
-        self._samples = _open_lines(run_dir / "samples.jsonl")
+        self._metrics = _open_lines(run_dir / "metrics.jsonl", last_iteration)
+        self._samples = _open_lines(run_dir / "samples.jsonl", last_iteration)
 
     def log(self, row: Mapping[str, float | int]) -> None:
         """Write one iteration's row; trackers get its finite values at step `row["iteration"]`.
@@ -147,7 +152,24 @@ class MetricsWriter:
         anything else worth keeping; the display and the report also read `truncated` (bool).
         """
         for row in rows:
-            self._samples.write(_line({"iteration": int(iteration), **_strict(row)}))
+            self._samples.write(_line({"iteration": int(iteration), **strict(row)}))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every metrics row written so far, by earlier parts of the run too."""
+        lines = Path(self._metrics.name).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def rewind(self, last_iteration: int) -> None:
+        """Drop what was written about later iterations."""
+        for name in ("_metrics", "_samples"):
+            file: IO[str] = getattr(self, name)
+            file.close()
+            setattr(self, name, _open_lines(Path(file.name), last_iteration))
+
+    def sync(self) -> None:
+        """Bring both files to the disk."""
+        for file in (self._metrics, self._samples):
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close the files and finish the trackers; a second call does nothing."""
@@ -238,12 +260,20 @@ class PhaseTimer:
         self._mark = now
 
 
-def _open_lines(path: Path) -> IO[str]:
-    """Open for appending, line-buffered, after dropping a last line without its newline."""
+def _open_lines(path: Path, last_iteration: int | None) -> IO[str]:
+    """Open for appending, line-buffered, after dropping a last line without its newline and all
+    from the first line on that is about a later iteration.
+    """
     if path.exists():
         with path.open("rb+") as file:
-            data = file.read()
-            file.truncate(data.rfind(b"\n") + 1)
+            kept = 0
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                if last_iteration is not None and json.loads(line)["iteration"] > last_iteration:
+                    break
+                kept += len(line)
+            file.truncate(kept)
     # A lone surrogate cannot be encoded; backslashreplace writes \udXXX, which is JSON's own escape
     # for it.
     return path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n", buffering=1)
@@ -266,7 +296,7 @@ def _number(key: str, value: Any) -> float | int | None:
     return number if math.isfinite(number) else None
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """The same value in JSON's own types, with None for NaN and infinity; unknown objects become
     text.
     """
@@ -278,7 +308,7 @@ def _strict(value: Any) -> Any:
         number = float(value)
         return number if math.isfinite(number) else None
     if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
+        return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     return str(value)

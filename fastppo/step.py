@@ -52,11 +52,13 @@ class NonFiniteError(RuntimeError):
     """Too many optimiser steps in a row had a loss or a gradient that is not finite.
 
     `progress` is where the last of them starts; parameters and optimisers are as they were there.
+    `recorded` is what that step came to.
     """
 
-    def __init__(self, message: str, progress: UpdateProgress) -> None:
+    def __init__(self, message: str, progress: UpdateProgress, recorded: StepStats) -> None:
         super().__init__(message)
         self.progress = progress
+        self.recorded = recorded
 
 
 class PPOStep:
@@ -252,25 +254,41 @@ class PPOStep:
 
     def _train_minibatch(self, batch: PackedBatch) -> StepStats:
         """One optimiser step of actor and critic, or of neither."""
-        train_actor = self.iteration >= self.config.critic_warmup
-        optimizers = [self.actor_optimizer] if train_actor else []
-        if self.critic_optimizer is not None:
-            optimizers.append(self.critic_optimizer)
-
-        def gradients() -> tuple[Tensor, Tensor, list[Tensor]]:
-            losses = self.accumulate_gradients(batch, train_actor=train_actor)
-            return (*losses, [grad_norm(optimizer) for optimizer in optimizers])
-
-        policy, value_loss, norms = self._within_memory(batch, gradients)
+        policy, value_loss, norms = self._within_memory(batch, lambda: self.gradients(batch))
         with record_function("fastppo::optimiser"):
             losses = policy[ops.PPO_METRIC_NAMES.index("policy_loss")] + value_loss
             finite = torch.stack([losses, *norms]).isfinite().all()
             skip = self._skipped(~finite)
             empty = policy[ops.PPO_METRIC_NAMES.index("num_tokens")] == 0
-            apply_step(optimizers, norms, self.config.max_grad_norm, skip | empty)
+            apply_step(self._stepped(), norms, self.config.max_grad_norm, skip | empty)
         zero = torch.zeros((), device=self.device)
-        norms = norms if train_actor else [zero, *norms]
+        norms = norms if self._trains_actor else [zero, *norms]
         return StepStats(policy, value_loss, norms[0], (*norms[1:], zero)[0], skip.float())
+
+    @property
+    def _trains_actor(self) -> bool:
+        return self.iteration >= self.config.critic_warmup
+
+    def _stepped(self) -> list[torch.optim.Optimizer]:
+        """The optimisers that take a step in this iteration."""
+        actor = self.actor_optimizer if self._trains_actor else None
+        return [adamw for adamw in (actor, self.critic_optimizer) if adamw is not None]
+
+    def next_minibatch(self, batch: PackedBatch) -> PackedBatch:
+        """The minibatch of the optimiser step at which `progress` stands."""
+        progress = self.progress or UpdateProgress()
+        return self._minibatches(batch, progress.epoch)[progress.minibatch]
+
+    def gradients(self, batch: PackedBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """`accumulate_gradients`, and the gradient norm () fp32 of each optimiser that steps."""
+        losses = self.accumulate_gradients(batch, train_actor=self._trains_actor)
+        return (*losses, [grad_norm(optimizer) for optimizer in self._stepped()])
+
+    def drop_gradients(self) -> None:
+        """Forget what `accumulate_gradients` added up."""
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
 
     def _skipped(self, bad: Tensor) -> Tensor:
         """() bool, whether to skip a step: it is bad, or `max_nonfinite_steps` in a row were.
@@ -291,9 +309,7 @@ class PPOStep:
             try:
                 return work()
             except BaseException as error:
-                for optimizer in (self.actor_optimizer, self.critic_optimizer):
-                    if optimizer is not None:
-                        optimizer.zero_grad(set_to_none=True)
+                self.drop_gradients()
                 if not is_out_of_memory(error) or self.token_budget <= batch.max_seqlen:
                     raise
             self.token_budget = max(batch.max_seqlen, self.token_budget // 2)
@@ -371,6 +387,7 @@ class PPOStep:
                     f"(max_nonfinite_steps = {limit}); they changed no parameter. Lower "
                     "learning_rate, or set precision = 'fp32'",
                     UpdateProgress(*divmod(index, num_minibatches), progress.steps[:index]),
+                    progress.steps[index],
                 )
             self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if flag else 0
 

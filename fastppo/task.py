@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fastppo.attention import check_supported
 from fastppo.config import PPOConfig
 from fastppo.data import PromptDataset, load_records
-from fastppo.rewards import Rewards
+from fastppo.rewards import RewardLimits, Rewards
 
 
 class Task(NamedTuple):
@@ -62,7 +62,13 @@ def make_task(
         raise ValueError("train_dataset: expected prompts, got None")
     if args.eval_interval and held_out is None:
         raise ValueError(f"eval_interval = {args.eval_interval} needs an eval_dataset")
-    rewards = Rewards(reward_funcs, reward_weights)
+    limits = RewardLimits(
+        workers=args.reward_workers,
+        timeout=args.reward_timeout,
+        memory_gb=args.reward_memory_gb,
+        max_failure_rate=args.max_reward_failures,
+    )
+    rewards = Rewards(reward_funcs, reward_weights, limits)
     for data in filter(None, (train, held_out)):
         rewards.check_columns(data.columns)
         _check_positions(data, args.max_response_length, model_config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastppo.config import TrainConfig
@@ -12,8 +13,14 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def build_trainer(config: TrainConfig) -> PPOTrainer:
+def build_trainer(
+    config: TrainConfig, *, resume: bool | str = False, allow_changes: Sequence[str] = ()
+) -> PPOTrainer:
     """A trainer with its model loaded and everything in the configuration checked.
+
+    Args:
+        config: the run.
+        resume, allow_changes: see `PPOTrainer`.
 
     Raises:
         ValueError, TypeError, ImportError, OSError: what a person can mend, named.
@@ -28,6 +35,8 @@ def build_trainer(config: TrainConfig) -> PPOTrainer:
         value_model=config.value_model or None,
         peft_config=lora_config(config) if config.lora_rank else None,
         reward_weights=config.reward_weights or None,
+        resume_from_checkpoint=resume,
+        allow_changes=allow_changes,
     )
 
 

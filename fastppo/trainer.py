@@ -1,13 +1,15 @@
 """PPOTrainer: generate → score → pack → evaluate → advantages → update, until done.
 
 The loop is `_iterate`, top to bottom. Everything it needs is an object with one job: an `Engine`
-that samples, `Rewards` that score, a `PPOStep` that learns, a `MetricsWriter` that records.
+that samples, `Rewards` that score, a `PPOStep` that learns, a `MetricsWriter` that records, a
+`CheckpointStore` that keeps what it takes to go on after a crash.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastppo.checkpoint import new_run_dir, save_model, write_json
+from fastppo import interrupts, recovery
+from fastppo.alarms import Alarms
+from fastppo.checkpoint import delete, lock_run_dir, save_model, write_json
 from fastppo.config import PPOConfig
 from fastppo.data import PromptDataset, batch_indices, decode
 from fastppo.device import describe
@@ -30,11 +34,14 @@ from fastppo.models import (
 from fastppo.packing import PackedBatch
 from fastppo.reporting.display import Display
 from fastppo.reporting.report import write_curve_png, write_report
+from fastppo.resume import open_run, plain_config
 from fastppo.rewards import RewardBatch, RewardError
 from fastppo.rollout import Engine, Rollouts, Sampling
 from fastppo.rollout.transformers import TransformersEngine
+from fastppo.scores import evaluation, sample_rows, score_metrics
 from fastppo.seeding import derive_seed
-from fastppo.step import PPOStep
+from fastppo.state import Iteration, Run, frozen_digest
+from fastppo.step import NonFiniteError, PPOStep
 from fastppo.task import make_task
 
 if TYPE_CHECKING:
@@ -61,10 +68,16 @@ class PPOTrainer:
         processing_class: the tokenizer; by default the model's own.
         peft_config: train this PEFT adapter instead of the weights.
         reward_weights: weight of each reward function; by default 1 each.
-        engine: what samples the responses; by default transformers' generation.
+        engine: what samples the responses; by default transformers' generation. One with a
+            `max_rows` attribute has it kept in checkpoints.
+        resume_from_checkpoint: continue a run exactly where its newest valid checkpoint is: True
+            (the run in `args.output_dir`), a run directory, or one checkpoint. Everything else
+            must be what the run was started with.
+        allow_changes: fields of `args` that may differ from the run that is resumed.
 
     Raises:
         ValueError: anything in the arguments that cannot work, before training starts.
+        CheckpointError: nothing valid to resume from, or the run is in use by another process.
     """
 
     def __init__(
@@ -81,6 +94,8 @@ class PPOTrainer:
         peft_config: PeftConfig | None = None,
         reward_weights: Sequence[float] | None = None,
         engine: Engine | None = None,
+        resume_from_checkpoint: bool | str | Path = False,
+        allow_changes: Sequence[str] = (),
     ) -> None:
         self.args = args = args or PPOConfig()
         self.name = _name_of(model)
@@ -100,20 +115,29 @@ class PPOTrainer:
             reward_weights,
         )
         check_report_to(args.report_to)
-        self.run_dir = new_run_dir(args.output_dir)
-        self.rewards.load_models()
-        loaded = _loaded(model)
-        if peft_config is not None:
-            loaded = with_adapter(loaded, peft_config, args.seed)
-        self.step = PPOStep(
-            loaded,
-            args,
-            ref_model=None if ref_model is None else _loaded(ref_model),
-            value_model=None if value_model is None else _loaded(value_model),
-        )
+        with contextlib.ExitStack() as held:
+            self._opened = open_run(args, resume_from_checkpoint, allow_changes, held)
+            self.run_dir, self.store = self._opened.run_dir, self._opened.store
+            self.rewards.load_models()
+            loaded = _loaded(model)
+            if peft_config is not None:
+                loaded = with_adapter(loaded, peft_config, args.seed)
+            self.step = PPOStep(
+                loaded,
+                args,
+                ref_model=None if ref_model is None else _loaded(ref_model),
+                value_model=None if value_model is None else _loaded(value_model),
+            )
+            self._held = held.pop_all()
+            """Until `train` is done: the lock of a run that is resumed."""
         self.policy = self.step.policy
         self.engine = engine or TransformersEngine(self.policy)
         self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
+        self.run = Run(self.step.precision, self.train_data.digest, self.rewards.names)
+        self.alarms = Alarms(args)
+        self._token_budget = self.step.token_budget  # the last one shown
+        self.current = Iteration()
+        """What the iteration under way has so far."""
 
     # The loop
 
@@ -123,109 +147,175 @@ class PPOTrainer:
         Returns:
             The summary that is also written to summary.json: greedy evaluation before and after,
             reward of the first and the last iterations, seconds, where everything is.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
+            RewardError: rewards lost more samples than `max_reward_failures`; likewise.
+            NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
+            CheckpointError: a checkpoint could not be saved, or is not one of this model.
         """
-        args, started = self.args, time.perf_counter()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(self.run_dir / "config.json", dataclasses.asdict(args))
-        rewards: list[float] = []
+        args = self.args
+        config = plain_config(args)
+        with contextlib.ExitStack() as stack:
+            if not self._opened.found:
+                stack.enter_context(lock_run_dir(self.run_dir))
+            stack.enter_context(self._held)
+            write_json(self.run_dir / "config.json", config)
+            stack.enter_context(contextlib.closing(self.store))
+            stack.enter_context(self.rewards)
+            self.run.frozen = frozen_digest(self.step)
+            if self._opened.checkpoint is not None:
+                recovery.restore(self, self._opened.checkpoint)
+            self.metrics = stack.enter_context(
+                MetricsWriter(
+                    self.run_dir,
+                    args.report_to,
+                    config,
+                    self.run_dir.name,
+                    last_iteration=self.run.iterations,
+                )
+            )
+            self.display = stack.enter_context(Display(args.num_iterations, title=self.name))
+            stack.enter_context(interrupts.handled())
+            try:
+                summary = self._train()
+            except (interrupts.Interrupted, RewardError) as error:
+                self.display.message(f"{_reason(error)}: saving a checkpoint")
+                saved = recovery.save_checkpoint(self, wait=True)
+                self.display.message(f"saved {saved}; --resume goes on from there")
+                raise
+            self.store.wait()
+        return summary
+
+    def _train(self) -> dict[str, Any]:
+        args, run, display = self.args, self.run, self.display
+        self.started = time.perf_counter()
         timer = PhaseTimer(synchronize=self.step.device.type == "cuda")
-        with (
-            MetricsWriter(
-                self.run_dir, args.report_to, dataclasses.asdict(args), self.run_dir.name
-            ) as metrics,
-            Display(args.num_iterations, title=self.name) as display,
-        ):
-            if self.train_data.num_filtered:
-                display.message(f"{self.train_data.num_filtered} prompts over the limit left out")
-            before = self.evaluate()
-            for iteration in range(1, args.num_iterations + 1):
-                row, samples = self._iterate(iteration, timer)
-                if args.eval_interval and iteration % args.eval_interval == 0:
-                    row |= {f"eval_{name}": value for name, value in self.evaluate().items()}
-                rewards.append(row["reward"])
-                metrics.log(row)
-                metrics.samples(iteration, samples)
-                display.update(row)
-                if args.sample_interval and (iteration - 1) % args.sample_interval == 0:
-                    display.samples(iteration, samples[:4])
-                if args.save_interval and iteration % args.save_interval == 0:
-                    self.save_model(self.run_dir / "checkpoints" / f"iteration-{iteration:06d}")
-            after = self.evaluate()
-            summary = {
-                "eval_before": before,
-                "eval_after": after,
-                "reward_first": float(np.mean(rewards[:3])),
-                "reward_last": float(np.mean(rewards[-5:])),
-                "rewards": rewards,
-                "iterations": args.num_iterations,
-                "seconds": time.perf_counter() - started,
-                "hardware": describe(self.step.device),
-                "precision": self.step.precision,
-                "parameters": self.policy.num_parameters(),
-                "model_name": self.name,
-                "model": str(self.save_model(self.run_dir / "model")),
-                "run_dir": str(self.run_dir),
-            }
-            write_json(self.run_dir / "summary.json", summary)
-            summary["report"] = str(write_report(self.run_dir))
-            summary["curve"] = str(write_curve_png(self.run_dir))
-            display.finish(summary)
+        for note in self._opened.notes:
+            display.message(note)
+        if self._opened.checkpoint is not None:
+            display.restore(self.metrics.rows())
+            display.message(f"resumed from {self._opened.checkpoint.path}")
+        if self.train_data.num_filtered:
+            display.message(f"{self.train_data.num_filtered} prompts over the limit left out")
+        if run.eval_before is None:
+            run.eval_before = self.evaluate()
+        while run.iterations < args.num_iterations:
+            self.store.check()
+            try:
+                row, samples = self._iterate(run.iterations + 1, timer)
+            except NonFiniteError as error:
+                recovery.roll_back(self, error)
+                continue
+            self._record(row, samples)
+        after = self.evaluate()
+        summary = {
+            "eval_before": run.eval_before,
+            "eval_after": after,
+            "reward_first": float(np.mean(run.rewards[:3])),
+            "reward_last": float(np.mean(run.rewards[-5:])),
+            "rewards": run.rewards,
+            "iterations": run.iterations,
+            "seconds": run.seconds + time.perf_counter() - self.started,
+            "hardware": describe(self.step.device),
+            "precision": self.step.precision,
+            "parameters": self.policy.num_parameters(),
+            "model_name": self.name,
+            "model": str(self._save_final_model()),
+            "run_dir": str(self.run_dir),
+        }
+        write_json(self.run_dir / "summary.json", summary)
+        summary["report"] = str(write_report(self.run_dir))
+        summary["curve"] = str(write_curve_png(self.run_dir))
+        display.finish(summary)
         return summary
 
     def _iterate(
         self, iteration: int, timer: PhaseTimer
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """One round of PPO; `iteration` counts from 1."""
-        args, data, step = self.args, self.train_data, self.step
+        """One round of PPO; `iteration` counts from 1. What `current` has already is not redone."""
+        args, data, step, current = self.args, self.train_data, self.step, self.current
         timer.take()
         drawn = batch_indices(len(data), args.prompts_per_iteration, args.seed, iteration - 1)
         indices = np.repeat(drawn, args.n_samples)
         group_ids = np.repeat(np.arange(len(drawn)), args.n_samples)
         prompts = [data.ids[i] for i in indices]
-        with timer("rollout"):
-            rollouts = self.engine.generate(prompts, self._sampling(iteration))
-        with timer("reward"):
-            completions, scored = self._score(data, indices, rollouts)
-        with timer("pack"):
-            batch = PackedBatch.pack(
-                prompts,
-                rollouts.responses,
-                rollout_logprobs=rollouts.logprobs,
-                truncated=rollouts.truncated,
-                device=step.device,
-            )
-        with timer("evaluate"):
-            batch = step.evaluate(batch)
-        with timer("advantages"):
-            batch = step.advantages(batch, scored.scores, group_ids)
-        with timer("update"):
-            learned = step.update(batch)
-        total = timer.elapsed
-        seconds = timer.take()
-        row = {
-            "iteration": iteration,
-            **_score_metrics(scored, rollouts),
-            **learned,
-            "tokens_per_second": batch.num_tokens / total,
-            **seconds,
-            "seconds_total": total,
-        }
-        samples = [
-            {
+        if current.rollouts is None:
+            with timer("rollout"):
+                current.rollouts = self.engine.generate(prompts, self._sampling(iteration))
+        rollouts = current.rollouts
+        completions = self._decoded(rollouts)
+        if current.scored is None:
+            with timer("reward"):
+                current.scored = self._score(data, indices, rollouts, completions)
+        scored = current.scored
+        if current.batch is None:
+            with timer("pack"):
+                batch = PackedBatch.pack(
+                    prompts,
+                    rollouts.responses,
+                    rollout_logprobs=rollouts.logprobs,
+                    truncated=rollouts.truncated,
+                    device=step.device,
+                )
+            with timer("evaluate"):
+                batch = step.evaluate(batch)
+            with timer("advantages"):
+                current.batch = step.advantages(batch, scored.scores, group_ids)
+        if current.row is None:
+            scores = score_metrics(scored, rollouts)
+            with timer("update"):
+                learned = step.update(current.batch)
+            total = timer.elapsed
+            current.row = {
                 "iteration": iteration,
-                "prompt": data.prompts[i],
-                "response": text,
-                "reward": float(score),
-                "truncated": bool(cut),
+                **scores,
+                **learned,
+                "tokens_per_second": current.batch.num_tokens / total,
+                **timer.take(),
+                "seconds_total": total,
             }
-            for i, text, score, cut in zip(
-                indices, completions, scored.scores, rollouts.truncated, strict=True
-            )
-        ]
-        return row, samples
+        chosen = [data.prompts[i] for i in indices]
+        return current.row, sample_rows(iteration, chosen, completions, scored, rollouts)
+
+    def _record(self, row: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        """What follows an update: evaluation, metrics, samples, warnings, checkpoint."""
+        args, run, iteration = self.args, self.run, self.run.iterations + 1
+        if args.eval_interval and iteration % args.eval_interval == 0:
+            row = row | {f"eval_{name}": value for name, value in self.evaluate().items()}
+        self._warn(row, samples)
+        self.current = Iteration()
+        run.iterations = iteration
+        run.rewards.append(row["reward"])
+        self.metrics.log(row)
+        self.metrics.samples(iteration, samples)
+        self.display.update(row)
+        if args.sample_interval and (iteration - 1) % args.sample_interval == 0:
+            self.display.samples(iteration, samples[:4])
+        if args.save_interval and iteration % args.save_interval == 0:
+            run.rollbacks = 0
+            score = row.get("eval_reward", row["reward"])
+            recovery.save_checkpoint(self, score=score if math.isfinite(score) else None)
+
+    def _warn(self, row: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        """Tell a person about lost samples, lack of memory, and a policy that runs away."""
+        show, iteration = self.display.message, int(row["iteration"])
+        failures = self.current.scored.failures if self.current.scored else ()
+        for failure in failures[:3]:
+            show(f"iteration {iteration}: {failure.message}")
+        if more := failures[3:]:
+            show(f"iteration {iteration}: {len(more)} more samples lost by reward functions")
+        if self.step.token_budget < self._token_budget:
+            self._token_budget = self.step.token_budget
+            show(f"out of memory: token_budget is {self._token_budget} from now on")
+        for alarm in self.alarms.check(row):
+            kept = recovery.dump(self, alarm.name, samples=samples)
+            show(f"iteration {iteration}: {alarm.message}. The batch is kept in {kept}")
 
     def _sampling(self, iteration: int, *, greedy: bool = False) -> Sampling:
-        args = self.args
+        args, rollbacks = self.args, self.run.rollbacks
+        # After a roll-back the same samples would lead to the same failure.
+        purpose = f"rollout/{rollbacks}" if rollbacks and not greedy else "rollout"
         return Sampling(
             temperature=0.0 if greedy else args.temperature,
             top_p=1.0 if greedy else args.top_p,
@@ -234,20 +324,21 @@ class PPOTrainer:
             max_new_tokens=args.max_response_length,
             eos_token_ids=self.eos_token_ids,
             pad_token_id=self.eos_token_ids[0],
-            seed=derive_seed(args.seed, iteration, "rollout"),
+            seed=derive_seed(args.seed, iteration, purpose),
         )
 
+    def _decoded(self, rollouts: Rollouts) -> list[str]:
+        return [decode(self.tokenizer, ids) for ids in rollouts.responses]
+
     def _score(
-        self, data: PromptDataset, indices: np.ndarray, rollouts: Rollouts
-    ) -> tuple[list[str], RewardBatch]:
-        texts = [decode(self.tokenizer, ids) for ids in rollouts.responses]
-        scored = self.rewards(
+        self, data: PromptDataset, indices: np.ndarray, rollouts: Rollouts, texts: list[str]
+    ) -> RewardBatch:
+        return self.rewards(
             [data.prompts[i] for i in indices],
             texts,
             {name: [column[i] for i in indices] for name, column in data.columns.items()},
             [ids.tolist() for ids in rollouts.responses],
         )
-        return texts, scored
 
     # Evaluation and saving
 
@@ -261,28 +352,30 @@ class PPOTrainer:
         data = self.eval_data
         if data is None:
             return {}
-        scores, lengths, truncated = [], [], []
+        scored, drawn = [], []
         for start in range(0, len(data), EVAL_BATCH):
             indices = np.arange(start, min(start + EVAL_BATCH, len(data)))
             prompts = [data.ids[i] for i in indices]
             rollouts = self.engine.generate(prompts, self._sampling(0, greedy=True))
-            scores.append(self._score(data, indices, rollouts)[1].scores)
-            lengths += [len(ids) for ids in rollouts.responses]
-            truncated.append(rollouts.truncated)
-        score = np.concatenate(scores)
-        result = {
-            "reward": _mean(score),
-            "response_length": float(np.mean(lengths)),
-            "truncated": float(np.mean(np.concatenate(truncated))),
-            "prompts": len(data),
-        }
-        if np.isin(score, (0.0, 1.0)).all():
-            result["accuracy"] = result["reward"]
-        return result
+            scored.append(self._score(data, indices, rollouts, self._decoded(rollouts)))
+            drawn.append(rollouts)
+        return evaluation(scored, drawn)
+
+    def _save_final_model(self) -> Path:
+        folder = self.run_dir / "model"
+        if folder.exists():  # of the same run, before it was continued
+            delete(folder)
+        return self.save_model(folder)
 
     def save_model(self, folder: Path) -> Path:
         """Save the policy, its critic and the tokenizer in a new folder."""
         return save_model(folder, self.policy, self.tokenizer)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, interrupts.Interrupted):
+        return f"received {signal.Signals(error.signum).name}"
+    return str(error)
 
 
 def _name_of(model: PreTrainedModel | str) -> str:
@@ -291,30 +384,3 @@ def _name_of(model: PreTrainedModel | str) -> str:
 
 def _loaded(model: PreTrainedModel | str) -> Any:
     return load_model(model) if isinstance(model, str) else model
-
-
-def _score_metrics(scored: RewardBatch, rollouts: Rollouts) -> dict[str, float]:
-    lengths = [len(ids) for ids in rollouts.responses]
-    unscored = np.isnan(scored.scores)
-    if unscored.all():
-        names = ", ".join(map(repr, scored.per_function))
-        raise RewardError(
-            f"reward function {names}: expected a score for at least one sample of the batch, "
-            "got None for all",
-            function=names,
-        )
-    return {
-        "reward": _mean(scored.scores),
-        "score_std": float(np.nanstd(scored.scores)),
-        "unscored": float(unscored.mean()),
-        **{f"reward/{name}": _mean(v) for name, v in scored.per_function.items()},
-        "response_length": float(np.mean(lengths)),
-        "truncated": float(rollouts.truncated.mean()),
-        "eos_rate": float(rollouts.finished.mean()),
-    }
-
-
-def _mean(scores: np.ndarray) -> float:
-    """The mean of what was scored; NaN, without numpy's warning, where nothing was."""
-    scored = scores[~np.isnan(scores)]
-    return float(scored.mean()) if scored.size else math.nan

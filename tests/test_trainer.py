@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastppo import PPOConfig, PPOTrainer
+from fastppo.checkpoint import verify
 from fastppo.demo import WORDS, larger_digit, tiny_model, word_tokenizer
 
 # peft asks transformers by a name that transformers 5.23 deprecates
@@ -96,7 +97,7 @@ def test_the_run_directory_is_complete(finished: Finished) -> None:
     folder = finished[2]
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html"),
-        *("reward.png", "model", "checkpoints"),
+        *("reward.png", "model", "checkpoints", ".lock"),
     }
     written = json.loads((folder / "config.json").read_text())
     assert written["prompts_per_iteration"] == 16 and written["gae_lambda"] == 0.95
@@ -159,8 +160,10 @@ def test_the_saved_model_is_the_trained_one(finished: Finished) -> None:
     assert head["weight"].any()
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert checkpoint.name == "iteration-000002"
-    earlier = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
-    assert any(not torch.equal(value, earlier[name]) for name, value in model.state_dict().items())
+    earlier = verify(checkpoint).tensors("policy")
+    trained = dict(trainer.policy.named_parameters())
+    assert earlier.keys() <= trained.keys()
+    assert any(not torch.equal(value, trained[name]) for name, value in earlier.items())
 
 
 def test_an_existing_run_is_refused_and_untouched(finished: Finished, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ store.py     many checkpoints: saved in the background, pruned, swept, found aga
 durable.py   what it takes until a file survives a power cut
 """
 
+from fastppo.checkpoint.durable import delete
 from fastppo.checkpoint.format import Checkpoint, CheckpointError, verify
 from fastppo.checkpoint.lock import RunDirLock, lock_run_dir
 from fastppo.checkpoint.run_dir import new_run_dir, save_model, write_json
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "RunDirLock",
+    "delete",
     "lock_run_dir",
     "new_run_dir",
     "save_model",

@@ -52,16 +52,20 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]
 
+    @property
+    def groups(self) -> list[str]:
+        """Names of the groups of tensors in it."""
+        return [path.stem for path in sorted(self.path.glob(f"*{TENSORS}"))]
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """One group of tensors, such as "policy", on the CPU.
 
         Raises:
             CheckpointError: there is no such group, or it cannot be read any more.
         """
-        groups = [path.stem for path in sorted(self.path.glob(f"*{TENSORS}"))]
-        if name not in groups:
+        if name not in self.groups:
             raise CheckpointError(
-                f"{self.path}: expected a file {name}{TENSORS}, got {groups}. "
+                f"{self.path}: expected a file {name}{TENSORS}, got {self.groups}. "
                 "Resume with the configuration that the checkpoint was saved with"
             )
         return load_file(self.path / f"{name}{TENSORS}")

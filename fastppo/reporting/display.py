@@ -69,6 +69,10 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
+    def restore(self, rows: Sequence[Mapping[str, Value]]) -> None:
+        """Take in, without printing, the rows that an earlier part of the same run wrote."""
+        self._panel.restore(rows)
+
     def update(self, row: Mapping[str, Value]) -> None:
         """Show an iteration's metrics row (keys as in `fastppo.metrics`; missing ones are
         dashes).

@@ -8,7 +8,7 @@ one iteration to the next. On a terminal without Unicode everything is drawn in 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.panel import Panel
@@ -67,6 +67,14 @@ class RunPanel:
         """Take in an iteration's metrics row."""
         self.rows.append(dict(row))
         self._times.append(time.monotonic())
+
+    def restore(self, rows: Sequence[Mapping[str, Value]]) -> None:
+        """Take in the rows of the part of the run that another process did."""
+        at = time.monotonic() - sum(row.get("seconds_total") or 0.0 for row in rows)
+        for row in rows:
+            at += row.get("seconds_total") or 0.0
+            self.rows.append(dict(row))
+            self._times.append(at)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, height = min(options.max_width, MAX_WIDTH), console.height

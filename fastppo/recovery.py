@@ -1,0 +1,135 @@
+"""Checkpoints and dumps of a trainer: what is saved of it, and how it is put back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastppo.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from fastppo.metrics import strict
+from fastppo.resume import config_digest, plain_config, versions
+from fastppo.state import ForeignStateError, Tensors, checkpoint_name, load_run, run_state
+from fastppo.step import NonFiniteError
+from fastppo.update_metrics import StepStats
+
+if TYPE_CHECKING:
+    from fastppo.trainer import PPOTrainer
+
+MAX_ROLLBACKS = 3
+DUMPS_KEPT = 10**6
+
+
+def save_checkpoint(trainer: PPOTrainer, *, score: float | None = None, wait: bool = False) -> Path:
+    """Save all that an exact continuation needs, in the middle of an iteration too.
+
+    Args:
+        trainer: while it trains.
+        score: what `keep_best` goes by.
+        wait: until it is on disk; otherwise that happens while the run goes on.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: the previous checkpoint could not be saved, or with `wait` this one.
+    """
+    name = checkpoint_name(trainer.run, trainer.current, trainer.step.progress)
+    tensors, state = _state(trainer)
+    trainer.metrics.sync()
+    trainer.store.save(name, tensors, state, score=score, wait=wait)
+    return trainer.store.folder / name
+
+
+def restore(trainer: PPOTrainer, checkpoint: Checkpoint) -> None:
+    """Put a trainer where a checkpoint is.
+
+    Raises:
+        CheckpointError: it is of another model, other prompts or other rewards.
+    """
+    state = checkpoint.state
+    try:
+        trainer.run, trainer.current = load_run(checkpoint, trainer.run, trainer.step)
+    except ForeignStateError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: expected a checkpoint of this run, but {error}. Resume with the "
+            "model, the data and the options that the run was started with"
+        ) from error
+    if state["config"]["token_budget"] != trainer.args.token_budget:
+        trainer.step.token_budget = trainer.args.token_budget
+    if state["max_rows"] is not None:
+        trainer.engine.max_rows = state["max_rows"]  # type: ignore[attr-defined]  # had it
+    trainer.rewards.load_state_dict(state["reward_failures"])
+    trainer.alarms.raised = list(state["alarms"])
+
+
+def dump(
+    trainer: PPOTrainer,
+    kind: str,
+    *,
+    samples: Sequence[dict[str, Any]] = (),
+    recorded: StepStats | None = None,
+) -> Path:
+    """Keep the batch of the iteration under way for a person, or a step of it for a replay.
+
+    Args:
+        trainer: in the middle of an iteration, or just after its update.
+        kind: why; part of the name.
+        samples: what a person reads.
+        recorded: what the step at which `step.progress` stands came to; with it everything that a
+            replay needs is kept.
+    """
+    name = f"iteration-{trainer.run.iterations + 1:06d}-{kind}"
+    tensors, state = _state(trainer)
+    if recorded is None:
+        tensors = {"iteration": tensors["iteration"]}
+    else:
+        tensors["recorded"] = recorded._asdict()
+        del tensors["recorded"]["skipped"]
+    folder = trainer.run_dir / "dumps"
+    with contextlib.closing(CheckpointStore(folder, keep_last=DUMPS_KEPT)) as dumps:
+        dumps.save(name, tensors, state | {"samples": strict(list(samples))}, wait=True)
+    return folder / name
+
+
+def roll_back(trainer: PPOTrainer, error: NonFiniteError) -> None:
+    """Keep the step for a replay, and go back to the last checkpoint if that is configured.
+
+    Raises:
+        NonFiniteError: `on_nonfinite` is "stop", there is no checkpoint, or going back did not help
+            `MAX_ROLLBACKS` times.
+    """
+    trainer.step.progress = error.progress
+    kept = dump(trainer, "nonfinite", recorded=error.recorded)
+    trainer.step.progress = None
+    trainer.store.wait()
+    checkpoint, _ = trainer.store.newest()
+    rollbacks = trainer.run.rollbacks + 1
+    if trainer.args.on_nonfinite == "stop" or not checkpoint or rollbacks > MAX_ROLLBACKS:
+        message = f"{error}. The step is kept: fastppo replay {kept}"
+        raise NonFiniteError(message, error.progress, error.recorded) from error
+    restore(trainer, checkpoint)
+    trainer.run.rollbacks = rollbacks
+    trainer.metrics.rewind(trainer.run.iterations)
+    trainer.display.message(
+        f"{error}. The step is kept in {kept}; back to {checkpoint.path.name} "
+        f"({rollbacks} of {MAX_ROLLBACKS})"
+    )
+
+
+def _state(trainer: PPOTrainer) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    seconds = trainer.run.seconds + time.perf_counter() - trainer.started
+    run = dataclasses.replace(trainer.run, seconds=seconds)
+    tensors, state = run_state(run, trainer.step, trainer.current)
+    config = plain_config(trainer.args)
+    return tensors, state | {
+        "max_rows": getattr(trainer.engine, "max_rows", None),
+        "reward_failures": trainer.rewards.state_dict(),
+        "alarms": trainer.alarms.raised,
+        "config": config,
+        "config_sha256": config_digest(config),
+        "versions": versions(),
+    }
