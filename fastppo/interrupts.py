@@ -55,7 +55,7 @@ def handled() -> Iterator[None]:
     _pending = None
     _pipe = receive, send = os.pipe()
     os.set_blocking(send, False)
-    before = {signum: signal.signal(signum, _do_nothing) for signum in SIGNALS}
+    before = {signum: signal.signal(signum, _note) for signum in SIGNALS}
     wakeup = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(receive,), name="fastppo-signals", daemon=True)
     watcher.start()
@@ -92,20 +92,21 @@ def _usual_handlers() -> None:
 
 
 def _do_nothing(signum: int, frame: object) -> None:
-    """Being installed is enough: the number goes to the wakeup descriptor."""
+    """What a child does at a signal that is meant for its parent."""
+
+
+def _note(signum: int, frame: object) -> None:
+    global _pending
+    _pending = signum
 
 
 def _watch(receive: int) -> None:
-    global _pending
+    """Ends the process at the second signal; `receive` gets the number of each."""
     seen = 0
     while data := os.read(receive, 64):
         for signum in data:
-            if signum not in SIGNALS:
-                continue
-            seen += 1
-            if seen == 1:
-                _pending = signum
-                continue
-            if sys.stdout.isatty():
-                os.write(1, b"\x1b[?25h\n")  # a live display has hidden the cursor
-            os._exit(128 + signum)
+            seen += signum in SIGNALS
+            if seen == 2:
+                if sys.stdout.isatty():
+                    os.write(1, b"\x1b[?25h\n")  # a live display has hidden the cursor
+                os._exit(128 + signum)

@@ -21,7 +21,7 @@ from fastppo.config import PPOConfig, TrainConfig
 from fastppo.data import decode
 from fastppo.models import load_model, load_tokenizer, with_adapter
 from fastppo.packing import PackedBatch
-from fastppo.state import Iteration, Run, frozen_digest, load_run
+from fastppo.state import Iteration, frozen_digest, load_run, saved_run
 from fastppo.step import PPOStep
 from fastppo.train import lora_config
 
@@ -118,8 +118,8 @@ def _load(checkpoint: Checkpoint, model: str) -> tuple[PPOStep, Iteration, str]:
             f"{checkpoint.path}: expected the parameters before the step, got a batch that was "
             "kept for reading. Its samples are in state.json"
         )
-    run = Run(**checkpoint.state["run"])
-    current = load_run(checkpoint, dataclasses.replace(run, frozen=frozen_digest(step)), step)[1]
+    run = dataclasses.replace(saved_run(checkpoint), frozen=frozen_digest(step))
+    current = load_run(checkpoint, run, step)[1]
     return step, current, name
 
 

@@ -89,9 +89,8 @@ def checkpoint_name(run: Run, current: Iteration, progress: UpdateProgress | Non
 def run_state(run: Run, step: PPOStep, current: Iteration) -> tuple[dict[str, Tensors], Any]:
     """All tensors of a run by group, and its JSON half."""
     tensors, under_way = iteration_state(current, step.progress)
-    rewards = [None if math.isnan(x) else x for x in run.rewards]
     state = {
-        "run": dataclasses.asdict(run) | {"rewards": rewards},
+        "run": _to_json(dataclasses.asdict(run)),
         "step": {name: getattr(step, name) for name in _COUNTERS},
         "iteration": under_way,
     }
@@ -113,8 +112,7 @@ def load_run(checkpoint: Checkpoint, run: Run, step: PPOStep) -> tuple[Run, Iter
         ForeignStateError: the checkpoint is of another run. Nothing has been changed then.
     """
     state = checkpoint.state
-    rewards = [math.nan if x is None else x for x in state["run"]["rewards"]]
-    saved = Run(**state["run"] | {"rewards": rewards})
+    saved = saved_run(checkpoint)
     for name, what in (
         ("precision", "the precision is"),
         ("prompts", "the digest of the training prompts is"),
@@ -129,6 +127,32 @@ def load_run(checkpoint: Checkpoint, run: Run, step: PPOStep) -> tuple[Run, Iter
     tensors = checkpoint.tensors("iteration")
     current, step.progress = load_iteration(tensors, state["iteration"], step.device)
     return saved, current
+
+
+def saved_run(checkpoint: Checkpoint) -> Run:
+    """The run that a checkpoint was saved by."""
+    fields = _from_json(checkpoint.state["run"])
+    if checkpoint.state["run"]["eval_before"] is None:
+        fields["eval_before"] = None
+    return Run(**fields)
+
+
+def _to_json(value: Any) -> Any:
+    """NaN, which JSON has no word for, becomes null."""
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(value: Any) -> Any:
+    """The reverse of `_to_json`."""
+    if isinstance(value, dict):
+        return {key: _from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    return math.nan if value is None else value
 
 
 # The step
@@ -228,7 +252,7 @@ def iteration_state(
                 tensors[f"batch/{name}"] = value
         state["batch"] = batch.max_seqlen
     if current.row is not None:
-        state["row"] = {k: v if math.isfinite(v) else None for k, v in current.row.items()}
+        state["row"] = _to_json(current.row)
     if progress is not None:
         state["progress"] = [progress.epoch, progress.minibatch]
         for name in StepStats._fields if progress.steps else ():
@@ -268,7 +292,7 @@ def load_iteration(
             fields[f"{name}_host"] = tensors[f"batch/{name}"].numpy()
         current.batch = PackedBatch(**fields, max_seqlen=state["batch"])
     if "row" in state:
-        current.row = {k: math.nan if v is None else v for k, v in state["row"].items()}
+        current.row = _from_json(state["row"])
     if "progress" in state:
         names = StepStats._fields if "steps/policy" in tensors else ()
         stacked = [tensors[f"steps/{name}"].to(device) for name in names]

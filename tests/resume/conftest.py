@@ -1,0 +1,155 @@
+"""Runs of `fastppo train` as processes on a tiny model, hurt at a chosen place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastppo.demo import WORDS, tiny_model, word_tokenizer
+
+TOML = """
+model = "model"
+dataset = "prompts.jsonl"
+eval_dataset = "prompts.jsonl"
+reward = ["rewards.py:larger"]
+num_iterations = 6
+prompts_per_iteration = 8
+max_prompt_length = 8
+max_response_length = 3
+update_epochs = 2
+num_minibatches = 3
+token_budget = 16
+learning_rate = 1e-3
+kl_coef = 0.1
+kl_target = 0.05
+kl_horizon = 100
+eval_interval = 2
+save_interval = 1
+device = "cpu"
+precision = "fp32"
+"""
+REWARD = """
+def larger(completions, answer):
+    return [float(text.split() == [a]) + 0.1 * len(text) for text, a in zip(completions, answer)]
+"""
+# Sends this process a signal at the n-th call of a method, then lets the call go on.
+DRIVER = """
+import os, signal, sys
+module, owner, method, count, signum = sys.argv[1:6]
+owner = getattr(__import__(module, fromlist=[owner]), owner)
+original, calls = getattr(owner, method), 0
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(count):
+        os.kill(os.getpid(), int(signum))
+    return original(*args, **kwargs)
+setattr(owner, method, counted)
+from fastppo.cli import main
+sys.exit(main(sys.argv[6:]))
+"""
+
+Train = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, prompts, a reward and a configuration that names them."""
+    folder = tmp_path_factory.mktemp("template")
+    tiny_model(len(WORDS), seed=0).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    rows = [{"prompt": f"{a} {b} >", "answer": str(max(a, b))} for a in range(5) for b in range(5)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(REWARD)
+    (folder / "run.toml").write_text(TOML)
+    return folder
+
+
+@pytest.fixture
+def project(template: Path, tmp_path: Path) -> Path:
+    """A copy of the template."""
+    return Path(shutil.copytree(template, tmp_path / "project"))
+
+
+def train(
+    project: Path, *arguments: str, at: tuple[str, str, str, int, int] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`fastppo train --config run.toml ARGUMENTS`; `at`: module, class, method, call, signal."""
+    driver = ["-c", DRIVER, *map(str, at)] if at else ["-m", "fastppo.cli"]
+    return subprocess.run(
+        [sys.executable, *driver, "train", "--config", "run.toml", *arguments],
+        cwd=project,
+        env={**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session", name="train")
+def _train() -> Train:
+    return train
+
+
+@pytest.fixture(scope="session")
+def undisturbed(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of six iterations at once."""
+    project = Path(shutil.copytree(template, tmp_path_factory.mktemp("undisturbed") / "project"))
+    done = train(project, "--output-dir", "run")
+    assert done.returncode == 0, done.stderr
+    return project / "run"
+
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+def _without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not key.startswith(TIMES)}
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """What differs between two finished runs, byte for byte; times and paths may."""
+    found = []
+    names = {str(p.relative_to(d / "model")) for d in (a, b) for p in (d / "model").rglob("*")}
+    last = "checkpoints/iteration-000006"
+    files = [f"model/{name}" for name in sorted(names) if "." in name]
+    for name in (
+        *files,
+        "samples.jsonl",
+        f"{last}/policy.safetensors",
+        f"{last}/optimizer.safetensors",
+        f"{last}/iteration.safetensors",
+    ):
+        if not (b / name).is_file() or (a / name).read_bytes() != (b / name).read_bytes():
+            found.append(name)
+    rows = [
+        [_without_times(json.loads(x)) for x in (d / "metrics.jsonl").read_text().splitlines()]
+        for d in (a, b)
+    ]
+    if rows[0] != rows[1]:
+        found.append("metrics.jsonl")
+    states = [json.loads((d / last / "state.json").read_text()) for d in (a, b)]
+    for state in states:
+        del state["run"]["seconds"], state["config_sha256"]
+        for name in ("output_dir", "model", "dataset", "eval_dataset", "reward"):
+            del state["config"][name]
+    if states[0] != states[1]:
+        found.append("state.json")
+    summaries = [_without_times(json.loads((d / "summary.json").read_text())) for d in (a, b)]
+    for key in ("eval_before", "eval_after", "reward_first", "reward_last", "rewards"):
+        if summaries[0][key] != summaries[1][key]:
+            found.append(f"summary.json: {key}")
+    return found
+
+
+@pytest.fixture(scope="session", name="differences")
+def _differences() -> Callable[[Path, Path], list[str]]:
+    return differences
