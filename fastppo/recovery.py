@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from fastppo.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from fastppo.metrics import strict
 from fastppo.resume import config_digest, plain_config, versions
-from fastppo.state import ForeignStateError, Tensors, checkpoint_name, load_run, run_state
+from fastppo.state import (
+    ForeignStateError,
+    Iteration,
+    Tensors,
+    checkpoint_name,
+    load_run,
+    run_state,
+)
 from fastppo.step import NonFiniteError
 from fastppo.update_metrics import StepStats
 
@@ -109,11 +116,20 @@ def roll_back(trainer: PPOTrainer, error: NonFiniteError) -> None:
     checkpoint, _ = trainer.store.newest()
     rollbacks = trainer.run.rollbacks + 1
     if trainer.args.on_nonfinite == "stop" or not checkpoint or rollbacks > MAX_ROLLBACKS:
-        message = f"{error}. The step is kept: fastppo replay {kept}"
+        back = ""
+        if trainer.args.on_nonfinite == "rollback" and checkpoint is None:
+            back = "There is no checkpoint to go back to. "
+        elif trainer.args.on_nonfinite == "rollback":
+            back = f"Going back to a checkpoint {MAX_ROLLBACKS} times did not help. "
+        message = f"{error}. {back}The step is kept: fastppo replay {kept}"
         raise NonFiniteError(message, error.progress, error.recorded) from error
+    seconds = trainer.run.seconds
     restore(trainer, checkpoint)
-    trainer.run.rollbacks = rollbacks
+    if trainer.current.row is None:  # its samples may be the ones that failed
+        trainer.current, trainer.step.progress = Iteration(), None
+    trainer.run.rollbacks, trainer.run.seconds = rollbacks, seconds
     trainer.metrics.rewind(trainer.run.iterations)
+    trainer.display.restore(trainer.metrics.rows())
     trainer.display.message(
         f"{error}. The step is kept in {kept}; back to {checkpoint.path.name} "
         f"({rollbacks} of {MAX_ROLLBACKS})"
