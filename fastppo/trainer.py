@@ -22,7 +22,7 @@ from fastppo.alarms import Alarms
 from fastppo.checkpoint import delete, lock_run_dir, save_model, write_json
 from fastppo.config import PPOConfig
 from fastppo.data import PromptDataset, batch_indices, decode
-from fastppo.device import describe
+from fastppo.device import describe, retried
 from fastppo.metrics import MetricsWriter, PhaseTimer, check_report_to
 from fastppo.models import (
     eos_token_ids,
@@ -45,6 +45,7 @@ from fastppo.step import NonFiniteError, PPOStep
 from fastppo.task import make_task
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -251,13 +252,7 @@ class PPOTrainer:
         scored = current.scored
         if current.batch is None:
             with timer("pack"):
-                batch = PackedBatch.pack(
-                    prompts,
-                    rollouts.responses,
-                    rollout_logprobs=rollouts.logprobs,
-                    truncated=rollouts.truncated,
-                    device=step.device,
-                )
+                batch = retried(lambda: _packed(prompts, rollouts, step.device), step.device)
             with timer("evaluate"):
                 batch = step.evaluate(batch)
             with timer("advantages"):
@@ -370,6 +365,16 @@ class PPOTrainer:
     def save_model(self, folder: Path) -> Path:
         """Save the policy, its critic and the tokenizer in a new folder."""
         return save_model(folder, self.policy, self.tokenizer)
+
+
+def _packed(prompts: list[np.ndarray], rollouts: Rollouts, device: torch.device) -> PackedBatch:
+    return PackedBatch.pack(
+        prompts,
+        rollouts.responses,
+        rollout_logprobs=rollouts.logprobs,
+        truncated=rollouts.truncated,
+        device=device,
+    )
 
 
 def _reason(error: BaseException) -> str:
