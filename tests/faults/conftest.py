@@ -57,6 +57,11 @@ class Runs:
         return [{k: v for k, v in row.items() if not k.startswith(times)} for row in rows]
 
 
+@pytest.fixture(scope="session")
+def runs_in() -> Callable[[Path], Runs]:
+    return Runs
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path)
