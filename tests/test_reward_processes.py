@@ -230,6 +230,7 @@ def test_a_parent_killed_takes_its_worker_and_its_locks_along(tmp_path: Path) ->
     with process:
         process.stdout.readline()  # it hangs now
         process.kill()
+        process.wait(20)
         wait_for_end(worker)
         with (tmp_path / "lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
