@@ -341,10 +341,18 @@ def test_an_empty_start(tmp_path: Path) -> None:
     made.check()
     made.close()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(
-        CheckpointError, match="a is not a valid checkpoint: does not exist. Use an"
-    ):
+    message = "checkpoints/a is not a valid checkpoint: does not exist. Use another"
+    with pytest.raises(CheckpointError, match=message):
         made.named("a")
+
+
+def test_a_checkpoint_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = saved(tmp_path, 1)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "step-1").mkdir()
+    for path in ("step-1", "checkpoints/step-1", made.folder / "step-1"):
+        found = made.named(path)
+        assert found.path == made.folder / "step-1" and found.state == {"step": 1}
 
 
 # Processes
