@@ -166,6 +166,8 @@ class PPOTrainer:
             self.run.frozen = frozen_digest(self.step)
             if self._opened.checkpoint is not None:
                 recovery.restore(self, self._opened.checkpoint)
+                if aside := recovery.set_aside(self.run_dir, self._opened.checkpoint):
+                    self._opened.notes.append(f"what came after it is kept in {aside}")
             self.metrics = stack.enter_context(
                 MetricsWriter(
                     self.run_dir,
