@@ -130,6 +130,19 @@ def test_undeclared_functions_are_called_again_to_find_the_sample_only(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_a_function_that_has_read_everything_gives_no_suspect(tmp_path: Path, workers: int) -> None:
+    def judge(prompts: list[str], completions: list[str]) -> list[float]:
+        pairs = list(zip(prompts, completions, strict=True))
+        note_call(tmp_path / "calls", list.copy(completions))
+        return [raise_error() if text == TEXTS[1] else 1.0 for _, text in pairs]
+
+    with Rewards(judge, limits=RewardLimits(workers, max_failure_rate=0.5)) as rewards:
+        assert [f.sample for f in rewards(PROMPTS, TEXTS).failures] == [1]
+    sizes = [int(line.split()[0]) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert sizes == [12, 6, 3, 1, 1, 11]  # halves at once, and the sample that is left over
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_unavailable_is_not_searched_for(tmp_path: Path, workers: int) -> None:
     def remote(completions: list[str]) -> list[float]:
         note_call(tmp_path / "calls", list.copy(completions))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -9,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +198,7 @@ lock = open(sys.argv[1], "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
 
 def judge(completions):
-    print(os.getpid(), flush=True)
+    print(os.getpid())
     if completions == ["hang"]:
         while True: pass
     return [1.0] * len(completions)
@@ -208,26 +210,31 @@ with interrupts.handled():
 """
 
 
-def start(tmp_path: Path, end: str) -> tuple[subprocess.Popen[str], int]:
-    """The program, and its worker's id once the worker computes."""
-    process = subprocess.Popen(
+@contextmanager
+def running(tmp_path: Path, end: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The program, and its worker's id once the worker has computed."""
+    with subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(end=end), str(tmp_path / "lock")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"},
         start_new_session=True,
-    )
-    assert process.stdout is not None
-    return process, int(process.stdout.readline())
+    ) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        try:
+            yield process, worker
+        finally:
+            for pid in (process.pid, worker):
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a parent's death")
 def test_a_parent_killed_takes_its_worker_and_its_locks_along(tmp_path: Path) -> None:
-    import fcntl
-
-    process, worker = start(tmp_path, "rewards(['p'], ['hang'])")
-    assert process.stdout is not None
-    with process:
+    with running(tmp_path, "rewards(['p'], ['hang'])") as (process, worker):
+        assert process.stdout is not None
         process.stdout.readline()  # it hangs now
         process.kill()
         process.wait(20)
@@ -237,26 +244,23 @@ def test_a_parent_killed_takes_its_worker_and_its_locks_along(tmp_path: Path) ->
 
 
 def test_ctrl_c_is_answered_at_once_and_quietly(tmp_path: Path) -> None:
-    process, worker = start(tmp_path, "rewards(['p'], ['hang'])")
-    assert process.stdout is not None
-    with process:
+    with running(tmp_path, "rewards(['p'], ['hang'])") as (process, worker):
+        assert process.stdout is not None
         process.stdout.readline()
         before = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=20)
         assert time.monotonic() - before < 5
-    assert process.returncode == 130
-    assert err == ""
-    wait_for_end(worker, 1)
+        assert (process.returncode, err) == (130, "")
+        wait_for_end(worker, 1)
 
 
 @pytest.mark.parametrize("end", ["pass", "raise SystemExit(0)", "rewards.close()"])
 def test_a_program_that_does_not_close_ends_all_the_same(tmp_path: Path, end: str) -> None:
-    process, worker = start(tmp_path, end)
-    with process:
+    with running(tmp_path, end) as (process, worker):
         _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (0, "")
-    wait_for_end(worker, 1)
+        assert (process.returncode, err) == (0, "")
+        wait_for_end(worker, 1)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -6,11 +6,13 @@ Real processes throughout. A batch has 12 samples of which one is bad, unless a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import faulthandler
 import os
 import re
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -50,14 +52,25 @@ def write_into_nothing() -> float:
     return 0.0
 
 
+def write_garbage() -> float:
+    for descriptor in range(3, 100):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                os.write(descriptor, b"\0" * 7 + b"\4junk")
+    time.sleep(1000)
+    return 0.0
+
+
 # What each function does on its bad sample. The first group is for workers only.
 DEADLY: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "infinite loop": ("timeout", "did not return within 0.4 s", hang),
     "sleep": ("timeout", "did not return within 0.4 s", lambda: time.sleep(1000)),
     "exit 0": ("crash", "exit code 0", lambda: os._exit(0)),
     "exit 1": ("crash", "exit code 1", lambda: os._exit(1)),
-    "segfault": ("crash", "SIGSEGV", write_into_nothing),
-    "killed": ("crash", "SIGKILL", lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "segfault": ("crash", "Segmentation fault, signal 11", write_into_nothing),
+    "killed": ("crash", "signal 9 .*lack of memory", lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "real-time signal": ("crash", "signal 40", lambda: os.kill(os.getpid(), 40)),
+    "garbage": ("crash", "wrote something else", write_garbage),
     "closed": ("crash", "exit code 5", lambda: os.closerange(3, 100) or os._exit(5)),
     "bytearray": ("memory", "MemoryError.*memory_gb = 1", lambda: len(bytearray(8 * GIB))),
     "numpy": ("memory", "8.00 GiB.*memory_gb = 1", lambda: np.ones(GIB).sum()),
@@ -101,12 +114,12 @@ def check_only_lost(rewards: Rewards, sample: int, kind: str, message: str) -> N
 def test_a_worker_loses_exactly_the_bad_sample(name: str) -> None:
     kind, message, do = (DEADLY | RAISED)[name]
     limits = SHORT if kind == "timeout" else WORKER
-    with Rewards([length, bad_at(5, do)], limits=limits) as rewards:
+    with Rewards([length, bad_at(1, do)], limits=limits) as rewards:
         before = time.monotonic()
-        check_only_lost(rewards, 5, kind, message)
+        check_only_lost(rewards, 1, kind, message)
         if kind == "timeout":  # once in the batch, once alone, and not in a search by halves
-            assert 2 * 0.4 <= time.monotonic() - before < 3 * 0.4
-        check_only_lost(rewards, 5, kind, message)  # and the next batch is as good
+            assert 2 * 0.4 <= time.monotonic() - before < 4 * 0.4
+        check_only_lost(rewards, 1, kind, message)  # and the next batch is as good
 
 
 @pytest.mark.parametrize("name", RAISED)
