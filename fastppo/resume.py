@@ -27,7 +27,7 @@ SAFE_TO_CHANGE = frozenset(
         *("output_dir", "eval_interval", "sample_interval", "save_interval", "report_to"),
         *("keep_checkpoints", "keep_best", "max_nonfinite_steps", "on_nonfinite"),
         *("kl_warning", "entropy_warning", "reward_workers", "reward_timeout"),
-        *("reward_memory_gb", "max_reward_failures", "reward_hosts"),
+        *("reward_memory_gb", "reward_max_failure_rate", "reward_hosts"),
         *("token_budget", "gradient_checkpointing", "device", "eval_dataset"),
         *("model", "ref_model", "value_model", "dataset"),
     }

@@ -150,7 +150,7 @@ class PPOTrainer:
 
         Raises:
             Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
-            RewardError: rewards lost more samples than `max_reward_failures`; likewise.
+            RewardError: rewards lost more samples than `reward_max_failure_rate`; likewise.
             NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
             CheckpointError: a checkpoint could not be saved, or is not one of this model.
         """
