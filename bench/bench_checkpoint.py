@@ -7,8 +7,8 @@ values) and all of it (403.5 M). `save` is the snapshot, on the way of the train
 the thread after it, up to the rename and the deletion of an older checkpoint; `verify` hashes every
 byte and maps the tensors. Files are written below pytest's --basetemp.
 
-Bytes are those of the checkpoint's tensors, counted once. `longest_pause` is the longest time, in
-seconds, for which a thread that sleeps half a millisecond at a time was kept from running meanwhile.
+Bytes are those of the checkpoint's tensors, counted once. `longest_pause` is in seconds: how long,
+at most, a thread that sleeps half a millisecond at a time was kept from running meanwhile.
 """
 
 from __future__ import annotations

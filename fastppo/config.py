@@ -65,7 +65,7 @@ class PPOConfig:
     """Seconds for one call of a reward function; a worker that takes longer is killed."""
     reward_memory_gb: float = 4.0
     """Memory that a reward worker may take, in GiB."""
-    max_reward_failures: float = 0.1
+    reward_max_failure_rate: float = 0.1
     """Share of samples, over 10 iterations, that rewards may lose before the run stops."""
     reward_hosts: tuple[str, ...] = ()
     """Hosts that https rewards may be asked from."""
@@ -264,7 +264,7 @@ class PPOConfig:
             self._require(name, getattr(self, name) >= 0, "an integer ≥ 0")
         for name in ("sample_interval", "save_interval", "seed", "keep_best", "reward_workers"):
             self._require(name, getattr(self, name) >= 0, "an integer ≥ 0")
-        for name in ("gamma", "gae_lambda", "min_p", "max_reward_failures"):
+        for name in ("gamma", "gae_lambda", "min_p", "reward_max_failure_rate"):
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
         for name in (
             *("kl_coef", "ent_coef", "clip_vloss", "weight_decay", "max_grad_norm"),
@@ -404,7 +404,7 @@ class TrainConfig(PPOConfig):
     eval_dataset: str = ""
     """Held-out prompts for the greedy evaluation before and after training."""
     reward: tuple[str, ...] = ()
-    """Reward functions, each file.py:function, module:function or a reward model's folder."""
+    """Rewards, each file.py:function, module:function, a reward model's folder or an https URL."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward; empty: 1 each."""
     ref_model: str = ""

@@ -34,7 +34,7 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
         tokenizer,
         config.dataset,
         config.eval_dataset or None,
-        [resolve_reward(spec) for spec in config.reward],
+        [resolve_reward(spec, allowed_hosts=config.reward_hosts) for spec in config.reward],
         config.reward_weights or None,
     )
     for other in filter(None, (config.ref_model, config.value_model)):

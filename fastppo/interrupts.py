@@ -83,12 +83,18 @@ def forget_in_child() -> None:
     _pending, _pipe = None, ()
     for signum in SIGNALS:
         signal.signal(signum, _do_nothing)  # SIG_IGN would be handed on to other programs
-    os.register_at_fork(after_in_child=_usual_handlers)
+    # Held while forking: a signal that met the handler above would be lost on the new process.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
+        after_in_child=_usual_handlers,
+    )
 
 
 def _usual_handlers() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _do_nothing(signum: int, frame: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,30 @@ def restore(trainer: PPOTrainer, checkpoint: Checkpoint) -> None:
         trainer.engine.max_rows = state["max_rows"]  # type: ignore[attr-defined]  # had it
     trainer.rewards.load_state_dict(state["reward_failures"])
     trainer.alarms.raised = list(state["alarms"])
+
+
+def set_aside(run_dir: Path, checkpoint: Checkpoint) -> Path | None:
+    """Move checkpoints that are newer than the one to continue from out of the run's way.
+
+    They and copies of metrics and samples go to run_dir/abandoned-N, because the run is about to
+    take another course from there.
+
+    Returns:
+        That folder, None where there is nothing newer.
+    """
+    folder = checkpoint.path.parent
+    newer = [path for path in folder.glob("[!.]*") if path.name > checkpoint.path.name]
+    if not newer:
+        return None
+    count = len(list(run_dir.glob("abandoned-*"))) + 1
+    aside = run_dir / f"abandoned-{count}"
+    (aside / folder.name).mkdir(parents=True)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (run_dir / name).exists():
+            shutil.copy2(run_dir / name, aside / name)
+    for path in sorted(newer, reverse=True):  # a crash in between leaves none newer than the rest
+        path.rename(aside / folder.name / path.name)
+    return aside
 
 
 def dump(

@@ -27,12 +27,14 @@ SAFE_TO_CHANGE = frozenset(
         *("output_dir", "eval_interval", "sample_interval", "save_interval", "report_to"),
         *("keep_checkpoints", "keep_best", "max_nonfinite_steps", "on_nonfinite"),
         *("kl_warning", "entropy_warning", "reward_workers", "reward_timeout"),
-        *("reward_memory_gb", "max_reward_failures", "reward_hosts"),
+        *("reward_memory_gb", "reward_max_failure_rate", "reward_hosts"),
         *("token_budget", "gradient_checkpointing", "device", "eval_dataset"),
+        *("model", "ref_model", "value_model", "dataset"),
     }
 )
 """Fields that may differ between a run and its continuation: they decide what is watched, kept or
-survived, or how the same gradient is computed."""
+survived, or how the same gradient is computed, or say where something is whose content is
+compared (state.py)."""
 
 
 def find_run(resume: bool | str | Path, output_dir: str) -> tuple[Path | None, Path | None]:
@@ -169,16 +171,18 @@ def check_config(saved: Mapping[str, Any], args: PPOConfig, allowed: Iterable[st
         ValueError: every field that differs and is neither in SAFE_TO_CHANGE nor allowed.
     """
     current = plain_config(args)
-    names = {field.name: field.default for field in dataclasses.fields(args)}
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    names: dict[str, Any] = json.loads(json.dumps(defaults))
     if unknown := [name for name in allowed if name not in names]:
         raise ValueError(f"allow_changes: expected names of options, got {', '.join(unknown)}")
     free = {*SAFE_TO_CHANGE, *allowed}
     if args.lr_schedule == "constant":
         free.add("num_iterations")  # otherwise it shapes the learning rate from the start
+    before = {name: saved.get(name, default) for name, default in names.items()}
     changed = [
-        f"  {name}: {saved.get(name, default)!r} → {current[name]!r}"
-        for name, default in names.items()
-        if name not in free and current[name] != saved.get(name, default)
+        f"  {name}: {before[name]!r} → {current[name]!r}"
+        for name in names
+        if name not in free and _compared(name, current[name]) != _compared(name, before[name])
     ]
     if changed:
         fields = "\n".join(changed)
@@ -186,6 +190,11 @@ def check_config(saved: Mapping[str, Any], args: PPOConfig, allowed: Iterable[st
             f"the configuration is not that of the run to resume:\n{fields}\nPut the old values "
             "back, or name the fields in --allow-changes to continue with the new ones"
         )
+
+
+def _compared(name: str, value: Any) -> Any:
+    """A reward is the same file and function in whatever folder."""
+    return [Path(spec).name for spec in value] if name == "reward" else value
 
 
 def versions() -> dict[str, str]:

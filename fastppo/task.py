@@ -66,7 +66,7 @@ def make_task(
         workers=args.reward_workers,
         timeout=args.reward_timeout,
         memory_gb=args.reward_memory_gb,
-        max_failure_rate=args.max_reward_failures,
+        max_failure_rate=args.reward_max_failure_rate,
     )
     rewards = Rewards(reward_funcs, reward_weights, limits)
     for data in filter(None, (train, held_out)):

@@ -27,7 +27,7 @@ def build_trainer(
     """
     return PPOTrainer(
         config.model,
-        [resolve_reward(spec) for spec in config.reward],
+        [resolve_reward(spec, allowed_hosts=config.reward_hosts) for spec in config.reward],
         config.dataset,
         config,
         eval_dataset=config.eval_dataset or None,

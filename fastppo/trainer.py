@@ -151,7 +151,7 @@ class PPOTrainer:
 
         Raises:
             Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
-            RewardError: rewards lost more samples than `max_reward_failures`; likewise.
+            RewardError: rewards lost more samples than `reward_max_failure_rate`; likewise.
             NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
             CheckpointError: a checkpoint could not be saved, or is not one of this model.
         """
@@ -167,6 +167,8 @@ class PPOTrainer:
             self.run.frozen = frozen_digest(self.step)
             if self._opened.checkpoint is not None:
                 recovery.restore(self, self._opened.checkpoint)
+                if aside := recovery.set_aside(self.run_dir, self._opened.checkpoint):
+                    self._opened.notes.append(f"what came after it is kept in {aside}")
             self.metrics = stack.enter_context(
                 MetricsWriter(
                     self.run_dir,

@@ -105,6 +105,11 @@ def test_a_changed_file(damaged: CheckpointStore, file: str, change: str) -> Non
     assert_noticed(damaged, file)
 
 
+def test_a_truncated_file_is_not_called_damaged(damaged: CheckpointStore) -> None:
+    os.truncate(damaged.folder / "b" / "state.json", 5)
+    assert_noticed(damaged, "state.json has 5 bytes, expected 11")
+
+
 @pytest.mark.parametrize("name", ["x", ".hidden", "critic.safetensors", "state.json.bak"])
 def test_a_file_too_many(damaged: CheckpointStore, name: str) -> None:
     (damaged.folder / "b" / name).write_text("")

@@ -27,7 +27,9 @@ sys.stdin.read()
 """
 LOCK = "lock = lock_run_dir(Path(sys.argv[1]))"
 # What a pool of reward workers is: forked while the lock is held, alive after its holder.
-LOCK_AND_FORK = f"{LOCK}\nchild = os.fork()\nif child:\n    print(child, flush=True)"
+LOCK_AND_FORK = (
+    f"{LOCK}\nchild = os.fork()\nif not child:\n    time.sleep(60)\nprint(child, flush=True)"
+)
 
 
 @contextmanager
@@ -76,15 +78,25 @@ def test_a_forked_process_does_not_keep_it(tmp_path: Path) -> None:
             os.kill(child, signal.SIGKILL)
 
 
+FORK_AND_LOCK = f"""
+{LOCK}
+if os.fork() == 0:
+    for _ in range(2):
+        try:
+            {LOCK}
+        except ValueError as error:
+            print(error, flush=True)
+        lock.release()
+    os._exit(0)
+os.wait()
+"""
+
+
 def test_a_forked_process_neither_holds_nor_releases_it(tmp_path: Path) -> None:
-    body = (
-        f"{LOCK}\nif os.fork() == 0:\n    lock.release()\n    try:\n        {LOCK}\n"
-        "    except ValueError as error:\n        print(error, flush=True)\n    os._exit(0)\n"
-        "os.wait()"
-    )
-    with running(tmp_path, body) as (process, (line,)):
-        assert f"in use by process {process.pid} on" in line
-        with pytest.raises(ValueError, match=f"in use by process {process.pid} on"):
+    with running(tmp_path, FORK_AND_LOCK) as (process, lines):
+        holder = f"in use by process {process.pid} on"
+        assert len(lines) == 2 and all(holder in line for line in lines)
+        with pytest.raises(ValueError, match=holder):
             lock_run_dir(tmp_path)
 
 

@@ -49,7 +49,7 @@ TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "stop-after-two": (stops_after_two, {"num_iterations": 20}),
     "stop-after-two-grpo": (
         stops_after_two,
-        {"num_iterations": 20, "advantage": "grpo", "n_samples": 8, "prompts_per_iteration": 16},
+        {"num_iterations": 40, "advantage": "grpo", "n_samples": 8, "prompts_per_iteration": 16},
     ),
 }
 

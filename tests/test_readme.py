@@ -20,6 +20,7 @@ from fastppo.config import TrainConfig
 from fastppo.demo import demo
 from fastppo.doctor import doctor
 from fastppo.profile import profile
+from fastppo.replay import export, replay
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
-COMMANDS = ("train", "demo", "doctor", "profile")
+COMMANDS = ("train", "replay", "export", "demo", "doctor", "profile")
 SHELL = [text for language, text in BLOCKS if language in ("sh", "bash", "shell", "console")]
 
 
@@ -55,6 +56,8 @@ def flags_of(command: str) -> set[str]:
         "demo": demo,
         "doctor": doctor,
         "profile": profile,
+        "replay": replay,
+        "export": export,
     }
     if command in signatures:
         names = {*inspect.signature(signatures[command]).parameters}
@@ -62,7 +65,11 @@ def flags_of(command: str) -> set[str]:
     fields = dataclasses.fields(TrainConfig)
     names = {field.name.replace("_", "-") for field in fields}
     switches = {f"--no-{f.name.replace('_', '-')}" for f in fields if isinstance(f.default, bool)}
-    return {f"--{name}" for name in names} | switches | {"--config", "--dry-run", "--help"}
+    return (
+        {f"--{name}" for name in names}
+        | switches
+        | {*("--config", "--dry-run", "--resume", "--allow-changes", "--help")}
+    )
 
 
 def given_flags(words: list[str]) -> set[str]:

@@ -60,11 +60,11 @@ def test_masked_tokens_are_never_drawn_not_even_on_a_boundary() -> None:
 
 
 def test_the_last_token_is_the_last_with_any_weight() -> None:
-    """A total past 2^53 is not a float64, and u = 1 must not look beyond it."""
-    generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(50, 150_001, generator=generator) / 10
-    logits[:, -7:] = -INF
-    assert drawn(logits, torch.ones(50)).tolist() == [149_993] * 50
+    """The total is 31 more than 149993 x 2^40 and rounds up in float64: u = 1 must stay within."""
+    logits = torch.zeros(150_001)
+    logits[149_993] = np.log(31.5 / 2**40)
+    logits[149_994:] = -INF
+    assert drawn(logits, torch.ones(1)).tolist() == [149_993]
 
 
 def test_a_token_of_one_in_a_billion_has_its_interval() -> None:
@@ -90,6 +90,17 @@ def test_uniforms_are_a_function_of_the_seed_alone() -> None:
     assert first.shape == (300, 40) and first.dtype == torch.float64
     assert 0 < first.min() < 0.001 and 0.999 < first.max() <= 1
     assert np.unique(first.numpy()).size == first.numel()
+
+
+def test_every_row_and_step_has_its_uniform() -> None:
+    chosen = sampling(max_new_tokens=9)
+    u = uniforms(5, chosen)
+    sampler = Sampler(chosen, u)
+    ids = torch.zeros(5, 1, dtype=torch.long)
+    tokens = torch.stack([sampler(ids, torch.zeros(5, 64)).argmax(1) for _ in range(9)], 1)
+    assert torch.equal(tokens, (u * 64).ceil().long() - 1)
+    torch.testing.assert_close(sampler.logprobs(9), torch.full((5, 9), -np.log(64.0)).float())
+    assert sampler.logprobs(3).shape == (5, 3)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.3}], ids=str)

@@ -126,7 +126,7 @@ def test_an_exception_names_function_and_sample(tmp_path: Path) -> None:
         return [0.0] * len(prompts)
 
     with pytest.raises(RewardError, match=r"'fragile', sample \d+: raised KeyError.*'9 3 >'") as e:
-        train(tmp_path, fragile, prompts_per_iteration=45, max_reward_failures=0.0)
+        train(tmp_path, fragile, prompts_per_iteration=45, reward_max_failure_rate=0.0)
     assert e.value.function == "fragile" and isinstance(e.value.sample, int)
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1  # what was done is kept
 

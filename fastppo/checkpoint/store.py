@@ -155,13 +155,13 @@ class CheckpointStore:
         return None, passed_over
 
     def named(self, path: str | Path) -> Checkpoint:
-        """The checkpoint in the folder `path`, or the one of that name here.
+        """The checkpoint of that name here, or in the folder `path`.
 
         Raises:
             CheckpointError: it is not valid; says why.
         """
-        here = self.folder / path
-        return verify(here if re.fullmatch(NAME, str(path)) and here.exists() else Path(path))
+        here, elsewhere = self.folder / path, Path(path)
+        return verify(elsewhere if elsewhere.exists() and not here.exists() else here)
 
     # In the writer's thread
 

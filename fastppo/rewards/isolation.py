@@ -177,7 +177,7 @@ class Task:
     def _no_single(
         self, rows: list[int], failure: Problem, outcome: Outcome
     ) -> Generator[Call, Outcome, None]:
-        if self._declared.retries:  # it fails now and then: smaller calls fail less
+        if self._declared.idempotent:  # it fails now and then: smaller calls fail less
             yield from self._score(rows[: len(rows) // 2])
             yield from self._score(rows[len(rows) // 2 :])
             return

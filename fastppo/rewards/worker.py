@@ -65,8 +65,6 @@ class Worker:
         """
         self._request = self._frame(arguments, count)
         self._fresh_start = False
-        if self._process is not None and _peek(self._process.pid) is not None:
-            self.stop()  # died while idle: nobody's fault
         self._send()
 
     def _frame(self, arguments: dict[str, list[Any]], count: int) -> bytes:
@@ -190,7 +188,13 @@ class Worker:
                 self._sent += self._socket.send(view)
 
     def _answered(self) -> Outcome:
-        outcome, text = pickle.loads(memoryview(self._reply)[LENGTH.size :])
+        try:
+            outcome, text = pickle.loads(self._reply[LENGTH.size :])
+        except Exception:
+            suspect = self._suspect()
+            self.stop()
+            message = "wrote something else into the connection of its worker process"
+            return Outcome(None, failure=Problem("crash", message), suspect=suspect)
         assert isinstance(outcome, Outcome)
         if outcome.failure is None:
             return outcome
@@ -205,7 +209,7 @@ class Worker:
         suspect = self._suspect()
         how = _last_words(self._process.pid)
         self.stop()
-        if not taken and not self._fresh_start:  # it died before the call
+        if not taken and not self._fresh_start:  # it died before the call, by nobody's fault
             self._fresh_start = True
             self._send()
             return None
@@ -236,7 +240,7 @@ def _last_words(pid: int) -> str:
     if code == os.CLD_EXITED:
         return f"ended its worker process with exit code {status}"
     hint = " (perhaps for lack of memory)" if status == signal.SIGKILL else ""
-    return f"crashed its worker process: {signal.Signals(status).name}{hint}"
+    return f"crashed its worker process: {signal.strsignal(status)}, signal {status}{hint}"
 
 
 @contextlib.contextmanager

@@ -51,9 +51,10 @@ def draw(logits: Tensor, peak: Tensor, u: Tensor) -> Tensor:
     """
     sums = (logits - peak).exp_().mul_(2.0**40).to(torch.int64).cumsum_(1)  # (B, V)
     total = sums[:, -1:]
-    # the product is rounded to 53 bits, and so may come out above the total
+    # The product is rounded to 53 bits and may come out above the total. Up to the total the search
+    # ends in the vocabulary, be the sums those of NaN.
     reach = (u * total).ceil_().to(torch.int64).minimum(total)
-    return torch.searchsorted(sums, reach).clamp_(max=logits.shape[1] - 1)
+    return torch.searchsorted(sums, reach)
 
 
 class Sampler(LogitsProcessor):

@@ -32,8 +32,8 @@ _new_config: Any = GenerationConfig  # transformers leaves its constructor untyp
 class TransformersEngine:
     """The engine of `fastppo.rollout.Engine` that needs nothing but transformers.
 
-    A call that runs out of memory goes on with half as many rows in each pass, down to one. That
-    changes no sample but through the rounding of the logits.
+    A call that runs out of memory goes on with half as many rows in each pass, down to one, and the
+    same uniforms: samples change through the rounding of the logits alone.
 
     Args:
         policy: whose current weights sample; nothing is copied.
