@@ -299,7 +299,7 @@ class PPOTrainer:
         show, iteration = self.display.message, int(row["iteration"])
         failures = self.current.scored.failures if self.current.scored else ()
         for failure in failures[:3]:
-            show(f"iteration {iteration}: {failure.message}")
+            show(f"iteration {iteration}: {failure}")
         if more := failures[3:]:
             show(f"iteration {iteration}: {len(more)} more samples lost by reward functions")
         if self.step.token_budget < self._token_budget:
