@@ -38,7 +38,7 @@ from fastppo.resume import open_run, plain_config
 from fastppo.rewards import RewardBatch, RewardError
 from fastppo.rollout import Engine, Rollouts, Sampling
 from fastppo.rollout.transformers import TransformersEngine
-from fastppo.scores import evaluation, sample_rows, score_metrics
+from fastppo.scores import check_scored, evaluation, sample_rows, score_metrics
 from fastppo.seeding import derive_seed
 from fastppo.state import Iteration, Run, frozen_digest
 from fastppo.step import NonFiniteError, PPOStep
@@ -250,7 +250,9 @@ class PPOTrainer:
         completions = self._decoded(rollouts)
         if current.scored is None:
             with timer("reward"):
-                current.scored = self._score(data, indices, rollouts, completions)
+                scored = self._score(data, indices, rollouts, completions)
+                check_scored(scored)  # a resumed run asks again
+                current.scored = scored
         scored = current.scored
         if current.batch is None:
             with timer("pack"):
