@@ -352,12 +352,16 @@ class PPOTrainer:
         if data is None:
             return {}
         scored, drawn = [], []
-        for start in range(0, len(data), EVAL_BATCH):
-            indices = np.arange(start, min(start + EVAL_BATCH, len(data)))
-            prompts = [data.ids[i] for i in indices]
-            rollouts = self.engine.generate(prompts, self._sampling(0, greedy=True))
-            scored.append(self._score(data, indices, rollouts, self._decoded(rollouts)))
-            drawn.append(rollouts)
+        failures = self.rewards.state_dict()
+        try:
+            for start in range(0, len(data), EVAL_BATCH):
+                indices = np.arange(start, min(start + EVAL_BATCH, len(data)))
+                prompts = [data.ids[i] for i in indices]
+                rollouts = self.engine.generate(prompts, self._sampling(0, greedy=True))
+                scored.append(self._score(data, indices, rollouts, self._decoded(rollouts)))
+                drawn.append(rollouts)
+        finally:  # the failure rate is that of the iterations, however often this is interrupted
+            self.rewards.load_state_dict(failures)
         return evaluation(scored, drawn)
 
     def _save_final_model(self) -> Path:
