@@ -1,0 +1,120 @@
+"""Long runs: memory, descriptors, threads and processes stay what they were."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="/proc and workers"),
+]
+
+# Prints what the process has after each iteration, as lines of JSON.
+RUN = """
+import json, sys, threading
+import psutil
+from fastppo import PPOConfig, PPOTrainer
+from fastppo.demo import WORDS, larger_digit, tiny_model, word_tokenizer
+
+folder, leak = sys.argv[1], int(sys.argv[2])
+rows = [{"prompt": f"{a} {b} >", "answer": str(max(a, b))} for a in range(10) for b in range(10)]
+trainer = PPOTrainer(
+    tiny_model(len(WORDS), seed=0),
+    larger_digit,
+    rows,
+    PPOConfig(
+        output_dir=f"{folder}/run", num_iterations=300, prompts_per_iteration=16,
+        max_prompt_length=8, max_response_length=4, num_minibatches=2, learning_rate=1e-4,
+        precision="fp32", device="cpu", save_interval=10, sample_interval=20, eval_interval=50,
+    ),
+    eval_dataset=rows[:20],
+    processing_class=word_tokenizer(),
+)
+process, record, kept, measured = psutil.Process(), trainer._record, [], []
+
+def recorded(row, samples):
+    record(row, samples)
+    trainer.store.wait()  # a checkpoint that is being written has a thread and files
+    kept.append(bytes(leak))
+    rest = process.num_fds(), threading.active_count(), len(process.children(recursive=True))
+    measured.append([process.memory_info().rss, *rest])
+
+trainer._record = recorded
+trainer.train()
+with open(f"{folder}/measured.json", "w") as file:
+    json.dump(measured, file)
+"""
+
+
+def measured(code: str, folder: Path, leak: int) -> Any:
+    """(rss in bytes, descriptors, threads, processes), as often as `code` has taken them."""
+    subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(leak)],
+        check=True,
+        capture_output=True,
+        timeout=600,
+    )
+    return json.loads((folder / "measured.json").read_text())
+
+
+@pytest.mark.parametrize("leak", [0, 50_000], ids=["clean", "leaking"])
+def test_a_long_run_stays_flat(leak: int, tmp_path: Path) -> None:
+    """A run grows by 6 kB an iteration, half of them the rows from which curves are drawn; a leak
+    of 50 kB an iteration is seen."""
+    rss, *rest = zip(*measured(RUN, tmp_path, leak), strict=True)
+    assert len(rss) == 300
+    assert (rss[299] - rss[99] < 4e6) == (not leak)
+    for counts in rest:
+        assert len(set(counts[99:])) == 1, counts
+
+
+# Two workers a batch die: of the batch, and of the sample that is called alone.
+DEATHS = """
+import json, os, signal, subprocess, sys, time
+import psutil
+from fastppo.rewards import RewardLimits, Rewards
+
+folder, leak = sys.argv[1], int(sys.argv[2])
+
+def deadly(prompts, completions):
+    for prompt in prompts:
+        if prompt == "exit":
+            os._exit(3)
+        if prompt == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if prompt == "child":
+            subprocess.Popen(["sleep", "600"])
+            os._exit(0)
+        if prompt == "hang":
+            time.sleep(600)
+    return [1.0] * len(prompts)
+
+process, kept, measured = psutil.Process(), [], []
+limits = RewardLimits(timeout=0.3, max_failure_rate=1.0)
+with Rewards(deadly, limits=limits) as rewards:
+    for batch in range(150):
+        how = ("exit", "kill", "child", "hang")[batch % 4 if batch % 20 < 4 else batch % 3]
+        scored = rewards(["good", how, "good"], ["x", "y", "z"])
+        assert [f.sample for f in scored.failures] == [1], scored
+        kept.append(bytes(leak))
+        children = process.children(recursive=True)
+        zombies = [child.pid for child in children if child.status() == psutil.STATUS_ZOMBIE]
+        measured.append([process.memory_info().rss, process.num_fds(), len(children), len(zombies)])
+assert not process.children()
+with open(f"{folder}/measured.json", "w") as file:
+    json.dump(measured, file)
+"""
+
+
+@pytest.mark.parametrize("leak", [0, 20_000], ids=["clean", "leaking"])
+def test_three_hundred_dead_workers_leave_nothing(leak: int, tmp_path: Path) -> None:
+    rss, descriptors, children, zombies = zip(*measured(DEATHS, tmp_path, leak), strict=True)
+    assert (rss[149] - rss[49] < 1e6) == (not leak)
+    assert set(descriptors) == {descriptors[0]}
+    assert set(children) == {1} and set(zombies) == {0}
