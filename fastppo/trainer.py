@@ -181,7 +181,7 @@ class PPOTrainer:
                 summary = self._train()
             except (interrupts.Interrupted, RewardError) as error:
                 self.display.message(f"{_reason(error)}: saving a checkpoint")
-                saved = recovery.save_checkpoint(self, wait=True)
+                saved = recovery.save_checkpoint(self, extra=True)
                 self.display.message(f"saved {saved}; --resume goes on from there")
                 raise
             self.store.wait()
