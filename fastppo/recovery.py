@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,23 @@ def restore(trainer: PPOTrainer, checkpoint: Checkpoint) -> None:
         trainer.engine.max_rows = state["max_rows"]  # type: ignore[attr-defined]  # had it
     trainer.rewards.load_state_dict(state["reward_failures"])
     trainer.alarms.raised = list(state["alarms"])
+
+
+@contextlib.contextmanager
+def all_or_nothing(trainer: PPOTrainer) -> Iterator[None]:
+    """A phase that starts again from its beginning if something stops it.
+
+    What engine and rewards then know of it (memory that ran out, samples lost) is put back to what
+    it was, so that the repetition is the same as without the stop.
+    """
+    rewards, rows = trainer.rewards.state_dict(), getattr(trainer.engine, "max_rows", None)
+    try:
+        yield
+    except BaseException:
+        trainer.rewards.load_state_dict(rewards)
+        if hasattr(trainer.engine, "max_rows"):
+            trainer.engine.max_rows = rows
+        raise
 
 
 def dump(

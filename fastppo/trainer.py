@@ -38,7 +38,7 @@ from fastppo.resume import open_run, plain_config
 from fastppo.rewards import RewardBatch, RewardError
 from fastppo.rollout import Engine, Rollouts, Sampling
 from fastppo.rollout.transformers import TransformersEngine
-from fastppo.scores import evaluation, sample_rows, score_metrics
+from fastppo.scores import check_scored, evaluation, sample_rows, score_metrics
 from fastppo.seeding import derive_seed
 from fastppo.state import Iteration, Run, frozen_digest
 from fastppo.step import NonFiniteError, PPOStep
@@ -241,13 +241,15 @@ class PPOTrainer:
         group_ids = np.repeat(np.arange(len(drawn)), args.n_samples)
         prompts = [data.ids[i] for i in indices]
         if current.rollouts is None:
-            with timer("rollout"):
+            with timer("rollout"), recovery.all_or_nothing(self):
                 current.rollouts = self.engine.generate(prompts, self._sampling(iteration))
         rollouts = current.rollouts
         completions = self._decoded(rollouts)
         if current.scored is None:
-            with timer("reward"):
-                current.scored = self._score(data, indices, rollouts, completions)
+            with timer("reward"), recovery.all_or_nothing(self):
+                scored = self._score(data, indices, rollouts, completions)
+                check_scored(scored)
+            current.scored = scored
         scored = current.scored
         if current.batch is None:
             with timer("pack"):
@@ -353,12 +355,13 @@ class PPOTrainer:
         if data is None:
             return {}
         scored, drawn = [], []
-        for start in range(0, len(data), EVAL_BATCH):
-            indices = np.arange(start, min(start + EVAL_BATCH, len(data)))
-            prompts = [data.ids[i] for i in indices]
-            rollouts = self.engine.generate(prompts, self._sampling(0, greedy=True))
-            scored.append(self._score(data, indices, rollouts, self._decoded(rollouts)))
-            drawn.append(rollouts)
+        with recovery.all_or_nothing(self):
+            for start in range(0, len(data), EVAL_BATCH):
+                indices = np.arange(start, min(start + EVAL_BATCH, len(data)))
+                prompts = [data.ids[i] for i in indices]
+                rollouts = self.engine.generate(prompts, self._sampling(0, greedy=True))
+                scored.append(self._score(data, indices, rollouts, self._decoded(rollouts)))
+                drawn.append(rollouts)
         return evaluation(scored, drawn)
 
     def _save_final_model(self) -> Path:
