@@ -153,7 +153,7 @@ class Rewards:
             model.token_budget = state["token_budgets"][name]
 
     def _models(self) -> dict[str, RewardModel]:
-        return {f.name: f.call for f in self._functions if isinstance(f.call, RewardModel)}
+        return {f.name: f.model for f in self._functions if f.model is not None}
 
     @property
     def names(self) -> list[str]:
