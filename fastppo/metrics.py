@@ -58,7 +58,9 @@ class _TensorBoard:
     def __init__(self, run_dir: Path, config: Mapping[str, Any], last: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = last + 1 if last else None  # hides what the killed part of a run wrote after it
+        purge = (
+            None if last is None else last + 1
+        )  # hides what the killed part of a run wrote after it
         self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         self._writer.add_text(
             "config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```"
