@@ -69,6 +69,7 @@ def restore(trainer: PPOTrainer, checkpoint: Checkpoint) -> None:
         ) from error
     if state["config"]["token_budget"] != trainer.args.token_budget:
         trainer.step.token_budget = trainer.args.token_budget
+    trainer.token_budget_shown = trainer.step.token_budget
     if state["max_rows"] is not None:
         trainer.engine.max_rows = state["max_rows"]  # type: ignore[attr-defined]  # had it
     trainer.rewards.load_state_dict(state["reward_failures"])

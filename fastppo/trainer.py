@@ -135,7 +135,7 @@ class PPOTrainer:
         self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
         self.run = Run(self.step.precision, self.train_data.digest, self.rewards.names)
         self.alarms = Alarms(args)
-        self._token_budget = self.step.token_budget  # the last one shown
+        self.token_budget_shown = self.step.token_budget
         self.current = Iteration()
         """What the iteration under way has so far."""
 
@@ -160,12 +160,12 @@ class PPOTrainer:
             if not self._opened.found:
                 stack.enter_context(lock_run_dir(self.run_dir))
             stack.enter_context(self._held)
-            write_json(self.run_dir / "config.json", config)
             stack.enter_context(contextlib.closing(self.store))
             stack.enter_context(self.rewards)
             self.run.frozen = frozen_digest(self.step)
             if self._opened.checkpoint is not None:
                 recovery.restore(self, self._opened.checkpoint)
+            write_json(self.run_dir / "config.json", config)
             self.metrics = stack.enter_context(
                 MetricsWriter(
                     self.run_dir,
@@ -307,9 +307,9 @@ class PPOTrainer:
             show(f"iteration {iteration}: {failure.message}")
         if more := failures[3:]:
             show(f"iteration {iteration}: {len(more)} more samples lost by reward functions")
-        if self.step.token_budget < self._token_budget:
-            self._token_budget = self.step.token_budget
-            show(f"out of memory: token_budget is {self._token_budget} from now on")
+        if self.step.token_budget < self.token_budget_shown:
+            self.token_budget_shown = self.step.token_budget
+            show(f"out of memory: token_budget is {self.token_budget_shown} from now on")
         for alarm in self.alarms.check(row):
             kept = recovery.dump(self, alarm.name, samples=samples)
             show(f"iteration {iteration}: {alarm.message}. The batch is kept in {kept}")
