@@ -12,20 +12,24 @@ from fastppo.rewards import RewardBatch, RewardError
 from fastppo.rollout import Rollouts
 
 
-def score_metrics(scored: RewardBatch, rollouts: Rollouts) -> dict[str, float]:
-    """The metrics of an iteration that are known before the update.
+def check_scored(scored: RewardBatch) -> None:
+    """Refuse a batch from which nothing would be learned.
 
     Raises:
-        RewardError: no function could score any sample, and none failed: nothing would be learned.
+        RewardError: no function could score any sample, and none failed.
     """
-    unscored = np.isnan(scored.scores)
-    if unscored.all() and not scored.failures:
+    if np.isnan(scored.scores).all() and not scored.failures:
         names = ", ".join(map(repr, scored.per_function))
         raise RewardError(
             f"reward function {names}: expected a score for at least one sample of the batch, "
             "got None for all",
             function=names,
         )
+
+
+def score_metrics(scored: RewardBatch, rollouts: Rollouts) -> dict[str, float]:
+    """The metrics of an iteration that are known before the update."""
+    unscored = np.isnan(scored.scores)
     return {
         "reward": mean(scored.scores),
         "score_std": math.nan if unscored.all() else float(np.nanstd(scored.scores)),

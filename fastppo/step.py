@@ -261,6 +261,12 @@ class PPOStep:
             skip = self._skipped(~finite)
             empty = policy[ops.PPO_METRIC_NAMES.index("num_tokens")] == 0
             apply_step(self._stepped(), norms, self.config.max_grad_norm, skip | empty)
+        return self.stats(policy, value_loss, norms, skip)
+
+    def stats(
+        self, policy: Tensor, value_loss: Tensor, norms: list[Tensor], skip: Tensor
+    ) -> StepStats:
+        """What `gradients` returned, and () bool whether the step was skipped, by name."""
         zero = torch.zeros((), device=self.device)
         norms = norms if self._trains_actor else [zero, *norms]
         return StepStats(policy, value_loss, norms[0], (*norms[1:], zero)[0], skip.float())

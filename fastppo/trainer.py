@@ -38,7 +38,7 @@ from fastppo.resume import open_run, plain_config
 from fastppo.rewards import RewardBatch, RewardError
 from fastppo.rollout import Engine, Rollouts, Sampling
 from fastppo.rollout.transformers import TransformersEngine
-from fastppo.scores import evaluation, sample_rows, score_metrics
+from fastppo.scores import check_scored, evaluation, sample_rows, score_metrics
 from fastppo.seeding import derive_seed
 from fastppo.state import Iteration, Run, frozen_digest
 from fastppo.step import NonFiniteError, PPOStep
@@ -135,7 +135,7 @@ class PPOTrainer:
         self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
         self.run = Run(self.step.precision, self.train_data.digest, self.rewards.names)
         self.alarms = Alarms(args)
-        self._token_budget = self.step.token_budget  # the last one shown
+        self.token_budget_shown = self.step.token_budget
         self.current = Iteration()
         """What the iteration under way has so far."""
 
@@ -160,7 +160,6 @@ class PPOTrainer:
             if not self._opened.found:
                 stack.enter_context(lock_run_dir(self.run_dir))
             stack.enter_context(self._held)
-            write_json(self.run_dir / "config.json", config)
             stack.enter_context(contextlib.closing(self.store))
             stack.enter_context(self.rewards)
             self.run.frozen = frozen_digest(self.step)
@@ -168,6 +167,7 @@ class PPOTrainer:
                 recovery.restore(self, self._opened.checkpoint)
                 if aside := recovery.set_aside(self.run_dir, self._opened.checkpoint):
                     self._opened.notes.append(f"what came after it is kept in {aside}")
+            write_json(self.run_dir / "config.json", config)
             self.metrics = stack.enter_context(
                 MetricsWriter(
                     self.run_dir,
@@ -183,7 +183,7 @@ class PPOTrainer:
                 summary = self._train()
             except (interrupts.Interrupted, RewardError) as error:
                 self.display.message(f"{_reason(error)}: saving a checkpoint")
-                saved = recovery.save_checkpoint(self, wait=True)
+                saved = recovery.save_checkpoint(self, extra=True)
                 self.display.message(f"saved {saved}; --resume goes on from there")
                 raise
             self.store.wait()
@@ -243,13 +243,15 @@ class PPOTrainer:
         group_ids = np.repeat(np.arange(len(drawn)), args.n_samples)
         prompts = [data.ids[i] for i in indices]
         if current.rollouts is None:
-            with timer("rollout"):
+            with timer("rollout"), recovery.all_or_nothing(self):
                 current.rollouts = self.engine.generate(prompts, self._sampling(iteration))
         rollouts = current.rollouts
         completions = self._decoded(rollouts)
         if current.scored is None:
-            with timer("reward"):
-                current.scored = self._score(data, indices, rollouts, completions)
+            with timer("reward"), recovery.all_or_nothing(self):
+                scored = self._score(data, indices, rollouts, completions)
+                check_scored(scored)
+            current.scored = scored
         scored = current.scored
         if current.batch is None:
             with timer("pack"):
@@ -307,9 +309,9 @@ class PPOTrainer:
             show(f"iteration {iteration}: {failure.message}")
         if more := failures[3:]:
             show(f"iteration {iteration}: {len(more)} more samples lost by reward functions")
-        if self.step.token_budget < self._token_budget:
-            self._token_budget = self.step.token_budget
-            show(f"out of memory: token_budget is {self._token_budget} from now on")
+        if self.step.token_budget < self.token_budget_shown:
+            self.token_budget_shown = self.step.token_budget
+            show(f"out of memory: token_budget is {self.token_budget_shown} from now on")
         for alarm in self.alarms.check(row):
             kept = recovery.dump(self, alarm.name, samples=samples)
             show(f"iteration {iteration}: {alarm.message}. The batch is kept in {kept}")
@@ -355,12 +357,13 @@ class PPOTrainer:
         if data is None:
             return {}
         scored, drawn = [], []
-        for start in range(0, len(data), EVAL_BATCH):
-            indices = np.arange(start, min(start + EVAL_BATCH, len(data)))
-            prompts = [data.ids[i] for i in indices]
-            rollouts = self.engine.generate(prompts, self._sampling(0, greedy=True))
-            scored.append(self._score(data, indices, rollouts, self._decoded(rollouts)))
-            drawn.append(rollouts)
+        with recovery.all_or_nothing(self):
+            for start in range(0, len(data), EVAL_BATCH):
+                indices = np.arange(start, min(start + EVAL_BATCH, len(data)))
+                prompts = [data.ids[i] for i in indices]
+                rollouts = self.engine.generate(prompts, self._sampling(0, greedy=True))
+                scored.append(self._score(data, indices, rollouts, self._decoded(rollouts)))
+                drawn.append(rollouts)
         return evaluation(scored, drawn)
 
     def _save_final_model(self) -> Path:
