@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -55,3 +58,19 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def retried(work: Callable[[], T], device: torch.device) -> T:
+    """What `work` returns; where memory runs out it is freed and `work` is called once more.
+
+    Args:
+        work: changes nothing before the last of its allocations, or nothing at all.
+        device: whose memory is freed.
+    """
+    try:
+        return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory(device)  # the error, gone by now, kept the tensors of the call alive
+    return work()

@@ -54,6 +54,9 @@ def apply_step(
 ) -> None:
     """Clip each optimiser's gradients to `max_grad_norm` (0: off), step, drop the gradients.
 
+    A call that ran out of memory can be repeated: what needs memory comes before the first step,
+    and an optimiser that has stepped has no gradients left.
+
     Args:
         optimizers: made by `make_adamw`.
         norms: the `grad_norm` of each, fp32 ().
@@ -64,5 +67,6 @@ def apply_step(
         found_inf = torch.as_tensor(skip, device=norm.device).float()
         optimizer.grad_scale = (norm / max_grad_norm).clamp(min=1.0) if max_grad_norm else None  # type: ignore[attr-defined]  # read by fused AdamW
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by fused AdamW
+    for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -163,11 +163,17 @@ def roll_back(trainer: PPOTrainer, error: NonFiniteError) -> None:
     checkpoint, _ = trainer.store.newest(regular_until=here)
     seconds, rollbacks = trainer.run.seconds, trainer.run.rollbacks + 1
     if trainer.args.on_nonfinite == "stop" or not checkpoint or rollbacks > MAX_ROLLBACKS:
-        message = f"{error}. The step is kept: fastppo replay {kept}"
+        back = ""
+        if trainer.args.on_nonfinite == "rollback" and checkpoint is None:
+            back = "There is no checkpoint to go back to. "
+        elif trainer.args.on_nonfinite == "rollback":
+            back = f"Going back to a checkpoint {MAX_ROLLBACKS} times did not help. "
+        message = f"{error}. {back}The step is kept: fastppo replay {kept}"
         raise NonFiniteError(message, error.progress, error.recorded) from error
     restore(trainer, checkpoint)
     trainer.run.seconds, trainer.run.rollbacks = seconds, rollbacks
     trainer.metrics.rewind(trainer.run.iterations)
+    trainer.display.restore(trainer.metrics.rows())
     trainer.display.message(
         f"{error}. The step is kept in {kept}; back to {checkpoint.path.name} "
         f"({rollbacks} of {MAX_ROLLBACKS})"

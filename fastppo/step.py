@@ -29,7 +29,13 @@ from torch.profiler import record_function
 from fastppo import interrupts, ops, update_metrics
 from fastppo.advantages import add_advantages, num_valid_sequences
 from fastppo.config import PPOConfig
-from fastppo.device import free_memory, is_out_of_memory, resolve_device, resolve_precision
+from fastppo.device import (
+    free_memory,
+    is_out_of_memory,
+    resolve_device,
+    resolve_precision,
+    retried,
+)
 from fastppo.optim import apply_step, grad_norm, make_adamw
 from fastppo.packing import PackedBatch
 from fastppo.policy import Policy
@@ -174,7 +180,10 @@ class PPOStep:
         """
         _need(batch, "old_logprobs", "step.evaluate")
         with record_function("fastppo::advantages"):
-            return add_advantages(batch, scores, group_ids, self.config, self.kl_coef)
+            return retried(
+                lambda: add_advantages(batch, scores, group_ids, self.config, self.kl_coef),
+                self.device,
+            )
 
     # Update
 
@@ -204,8 +213,13 @@ class PPOStep:
         try:
             self._train(batch, progress)
             has_critic = self.critic_optimizer is not None
-            metrics, skipped = update_metrics.read(batch, progress.steps, has_critic=has_critic)
-            self._count_nonfinite(skipped, progress, len(self._minibatches(batch, 0)))
+            metrics, skipped = retried(
+                lambda: update_metrics.read(batch, progress.steps, has_critic=has_critic),
+                self.device,
+            )
+            self._count_nonfinite(
+                skipped, progress, min(config.num_minibatches, batch.num_sequences)
+            )
         except interrupts.Interrupted:
             raise
         except BaseException:
@@ -250,26 +264,40 @@ class PPOStep:
             return [batch]
         rng = generator(self.config.seed, self.iteration, f"minibatches/{epoch}")
         order = torch.randperm(size, generator=rng).numpy()
-        return [batch.select(part) for part in np.array_split(order, min(parts, size))]
+        cut = np.array_split(order, min(parts, size))
+        return retried(lambda: [batch.select(part) for part in cut], self.device)
 
     def _train_minibatch(self, batch: PackedBatch) -> StepStats:
         """One optimiser step of actor and critic, or of neither."""
         policy, value_loss, norms = self._within_memory(batch, lambda: self.gradients(batch))
         with record_function("fastppo::optimiser"):
-            losses = policy[ops.PPO_METRIC_NAMES.index("policy_loss")] + value_loss
-            finite = torch.stack([losses, *norms]).isfinite().all()
-            skip = self._skipped(~finite)
-            empty = policy[ops.PPO_METRIC_NAMES.index("num_tokens")] == 0
-            apply_step(self._stepped(), norms, self.config.max_grad_norm, skip | empty)
-        return self.stats(policy, value_loss, norms, skip)
+            return retried(lambda: self._apply(policy, value_loss, norms), self.device)
+
+    def _apply(self, policy: Tensor, value_loss: Tensor, norms: list[Tensor]) -> StepStats:
+        """Step with the gradients, unless something is not finite or no token counts.
+
+        A step is also skipped once `max_nonfinite_steps` in a row were. Their count is on the
+        device, so that the steps after the last one that was allowed change nothing even though
+        nobody has read it yet.
+        """
+        losses = policy[ops.PPO_METRIC_NAMES.index("policy_loss")] + value_loss
+        bad = ~torch.stack([losses, *norms]).isfinite().all()
+        stopped = self._nonfinite >= self.config.max_nonfinite_steps
+        count = torch.where(stopped, self._nonfinite, (self._nonfinite + 1) * bad)
+        skip = bad | stopped
+        empty = policy[ops.PPO_METRIC_NAMES.index("num_tokens")] == 0
+        stats = self.stats(policy, value_loss, norms, skip)
+        apply_step(self._stepped(), norms, self.config.max_grad_norm, skip | empty)
+        self._nonfinite = count
+        return stats
 
     def stats(
         self, policy: Tensor, value_loss: Tensor, norms: list[Tensor], skip: Tensor
     ) -> StepStats:
         """What `gradients` returned, and () bool whether the step was skipped, by name."""
         zero = torch.zeros((), device=self.device)
-        norms = norms if self._trains_actor else [zero, *norms]
-        return StepStats(policy, value_loss, norms[0], (*norms[1:], zero)[0], skip.float())
+        both = norms if self._trains_actor else [zero, *norms]
+        return StepStats(policy, value_loss, both[0], (*both[1:], zero)[0], skip.float())
 
     @property
     def _trains_actor(self) -> bool:
@@ -295,16 +323,6 @@ class PPOStep:
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
-
-    def _skipped(self, bad: Tensor) -> Tensor:
-        """() bool, whether to skip a step: it is bad, or `max_nonfinite_steps` in a row were.
-
-        The count is on the device, so that the steps after the last one that was allowed change
-        nothing even though nobody has read it yet.
-        """
-        stopped = self._nonfinite >= self.config.max_nonfinite_steps
-        self._nonfinite = torch.where(stopped, self._nonfinite, (self._nonfinite + 1) * bad)
-        return bad | stopped
 
     def _within_memory(self, batch: PackedBatch, work: Callable[[], T]) -> T:
         """What `work` returns, which is repeated with half the token budget if memory runs out.

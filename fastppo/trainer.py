@@ -22,7 +22,7 @@ from fastppo.alarms import Alarms
 from fastppo.checkpoint import delete, lock_run_dir, save_model, write_json
 from fastppo.config import PPOConfig
 from fastppo.data import PromptDataset, batch_indices, decode
-from fastppo.device import describe
+from fastppo.device import describe, retried
 from fastppo.metrics import MetricsWriter, PhaseTimer, check_report_to
 from fastppo.models import (
     eos_token_ids,
@@ -45,6 +45,7 @@ from fastppo.step import NonFiniteError, PPOStep
 from fastppo.task import make_task
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -190,7 +191,7 @@ class PPOTrainer:
         return summary
 
     def _train(self) -> dict[str, Any]:
-        args, run, display = self.args, self.run, self.display
+        args, display = self.args, self.display
         self.started = time.perf_counter()
         timer = PhaseTimer(synchronize=self.step.device.type == "cuda")
         for note in self._opened.notes:
@@ -200,17 +201,17 @@ class PPOTrainer:
             display.message(f"resumed from {self._opened.checkpoint.path}")
         if self.train_data.num_filtered:
             display.message(f"{self.train_data.num_filtered} prompts over the limit left out")
-        if run.eval_before is None:
-            run.eval_before = self.evaluate()
-        while run.iterations < args.num_iterations:
+        if self.run.eval_before is None:
+            self.run.eval_before = self.evaluate()
+        while self.run.iterations < args.num_iterations:
             self.store.check()
             try:
-                row, samples = self._iterate(run.iterations + 1, timer)
+                row, samples = self._iterate(self.run.iterations + 1, timer)
             except NonFiniteError as error:
                 recovery.roll_back(self, error)
                 continue
             self._record(row, samples)
-        after = self.evaluate()
+        run, after = self.run, self.evaluate()
         summary = {
             "eval_before": run.eval_before,
             "eval_after": after,
@@ -255,13 +256,7 @@ class PPOTrainer:
         scored = current.scored
         if current.batch is None:
             with timer("pack"):
-                batch = PackedBatch.pack(
-                    prompts,
-                    rollouts.responses,
-                    rollout_logprobs=rollouts.logprobs,
-                    truncated=rollouts.truncated,
-                    device=step.device,
-                )
+                batch = retried(lambda: _packed(prompts, rollouts, step.device), step.device)
             with timer("evaluate"):
                 batch = step.evaluate(batch)
             with timer("advantages"):
@@ -375,6 +370,16 @@ class PPOTrainer:
     def save_model(self, folder: Path) -> Path:
         """Save the policy, its critic and the tokenizer in a new folder."""
         return save_model(folder, self.policy, self.tokenizer)
+
+
+def _packed(prompts: list[np.ndarray], rollouts: Rollouts, device: torch.device) -> PackedBatch:
+    return PackedBatch.pack(
+        prompts,
+        rollouts.responses,
+        rollout_logprobs=rollouts.logprobs,
+        truncated=rollouts.truncated,
+        device=device,
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -70,7 +70,7 @@ class Display:
             self._live.stop()
 
     def restore(self, rows: Sequence[Mapping[str, Value]]) -> None:
-        """Take in, without printing, the rows that an earlier part of the same run wrote."""
+        """Show these rows of the same run instead of those so far, without printing them."""
         self._panel.restore(rows)
 
     def update(self, row: Mapping[str, Value]) -> None:

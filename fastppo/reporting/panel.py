@@ -69,7 +69,9 @@ class RunPanel:
         self._times.append(time.monotonic())
 
     def restore(self, rows: Sequence[Mapping[str, Value]]) -> None:
-        """Take in the rows of the part of the run that another process did."""
+        """Take in the rows of an earlier part of the run, in place of all others."""
+        self.rows.clear()
+        self._times.clear()
         at = time.monotonic() - sum(row.get("seconds_total") or 0.0 for row in rows)
         for row in rows:
             at += row.get("seconds_total") or 0.0
