@@ -58,7 +58,7 @@ def sample_rows(
     rollouts: Rollouts,
 ) -> list[dict[str, Any]]:
     """One row for each sample; `failure` says why a reward function lost it."""
-    failures = {failure.sample: failure.message for failure in reversed(scored.failures)}
+    failures = {f.sample: f"{f.function}: {f.message}" for f in reversed(scored.failures)}
     rows = []
     for i, (prompt, text) in enumerate(zip(prompts, completions, strict=True)):
         row = {
@@ -72,9 +72,10 @@ def sample_rows(
     return rows
 
 
-def mean(scores: np.ndarray) -> float:
+def mean(scores: np.ndarray | Sequence[float]) -> float:
     """The mean of what was scored; NaN, without numpy's warning, where nothing was."""
-    scored = scores[~np.isnan(scores)]
+    given = np.asarray(scores)
+    scored = given[~np.isnan(given)]
     return float(scored.mean()) if scored.size else math.nan
 
 

@@ -38,7 +38,7 @@ from fastppo.resume import open_run, plain_config
 from fastppo.rewards import RewardBatch, RewardError
 from fastppo.rollout import Engine, Rollouts, Sampling
 from fastppo.rollout.transformers import TransformersEngine
-from fastppo.scores import check_scored, evaluation, sample_rows, score_metrics
+from fastppo.scores import check_scored, evaluation, mean, sample_rows, score_metrics
 from fastppo.seeding import derive_seed
 from fastppo.state import Iteration, Run, frozen_digest
 from fastppo.step import NonFiniteError, PPOStep
@@ -215,8 +215,8 @@ class PPOTrainer:
         summary = {
             "eval_before": run.eval_before,
             "eval_after": after,
-            "reward_first": float(np.mean(run.rewards[:3])),
-            "reward_last": float(np.mean(run.rewards[-5:])),
+            "reward_first": mean(run.rewards[:3]),
+            "reward_last": mean(run.rewards[-5:]),
             "rewards": run.rewards,
             "iterations": run.iterations,
             "seconds": run.seconds + time.perf_counter() - self.started,
@@ -301,7 +301,8 @@ class PPOTrainer:
         show, iteration = self.display.message, int(row["iteration"])
         failures = self.current.scored.failures if self.current.scored else ()
         for failure in failures[:3]:
-            show(f"iteration {iteration}: {failure.message}")
+            where = f"reward function {failure.function!r}, sample {failure.sample}"
+            show(f"iteration {iteration}: {where}: {failure.message}")
         if more := failures[3:]:
             show(f"iteration {iteration}: {len(more)} more samples lost by reward functions")
         if self.step.token_budget < self.token_budget_shown:
