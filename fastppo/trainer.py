@@ -247,12 +247,13 @@ class PPOTrainer:
             with timer("rollout"), recovery.all_or_nothing(self):
                 current.rollouts = self.engine.generate(prompts, self._sampling(iteration))
         rollouts = current.rollouts
-        completions = self._decoded(rollouts)
-        if current.scored is None:
-            with timer("reward"), recovery.all_or_nothing(self):
-                scored = self._score(data, indices, rollouts, completions)
-                check_scored(scored)
-            current.scored = scored
+        with timer("reward"):
+            completions = self._decoded(rollouts)
+            if current.scored is None:
+                with recovery.all_or_nothing(self):
+                    scored = self._score(data, indices, rollouts, completions)
+                    check_scored(scored)
+                current.scored = scored
         scored = current.scored
         if current.batch is None:
             with timer("pack"):
