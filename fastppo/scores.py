@@ -57,8 +57,8 @@ def sample_rows(
     scored: RewardBatch,
     rollouts: Rollouts,
 ) -> list[dict[str, Any]]:
-    """One row for each sample; `failure` says why a reward function lost it."""
-    failures = {f.sample: f"{f.function}: {f.message}" for f in reversed(scored.failures)}
+    """One row for each sample; `failure` says which reward function lost it and why."""
+    failures = {failure.sample: str(failure) for failure in reversed(scored.failures)}
     rows = []
     for i, (prompt, text) in enumerate(zip(prompts, completions, strict=True)):
         row = {

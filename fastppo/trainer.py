@@ -302,8 +302,7 @@ class PPOTrainer:
         show, iteration = self.display.message, int(row["iteration"])
         failures = self.current.scored.failures if self.current.scored else ()
         for failure in failures[:3]:
-            where = f"reward function {failure.function!r}, sample {failure.sample}"
-            show(f"iteration {iteration}: {where}: {failure.message}")
+            show(f"iteration {iteration}: {failure}")
         if more := failures[3:]:
             show(f"iteration {iteration}: {len(more)} more samples lost by reward functions")
         if self.step.token_budget < self.token_budget_shown:
@@ -354,6 +353,7 @@ class PPOTrainer:
         if data is None:
             return {}
         scored, drawn = [], []
+        failures = self.rewards.state_dict()
         with recovery.all_or_nothing(self):
             for start in range(0, len(data), EVAL_BATCH):
                 indices = np.arange(start, min(start + EVAL_BATCH, len(data)))
@@ -361,6 +361,7 @@ class PPOTrainer:
                 rollouts = self.engine.generate(prompts, self._sampling(0, greedy=True))
                 scored.append(self._score(data, indices, rollouts, self._decoded(rollouts)))
                 drawn.append(rollouts)
+        self.rewards.load_state_dict(failures)  # the failure rate is that of the iterations
         return evaluation(scored, drawn)
 
     def _save_final_model(self) -> Path:

@@ -42,6 +42,9 @@ class RewardFailure:
     kind: FailureKind
     message: str
 
+    def __str__(self) -> str:
+        return f"reward function {self.function!r}: {self.message}"
+
 
 def reward_error(
     name: str, sample: int | None, provided: Mapping[str, Sequence[Any]], problem: str

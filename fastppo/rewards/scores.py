@@ -106,7 +106,7 @@ def failed(error: BaseException, suspect: int | None = None) -> Outcome:
     )
     problem = Problem(
         "memory" if out_of_memory else "exception",
-        _cut(f"raised {name}: {text}"),
+        _cut(f"raised {name}: {text}" if text else f"raised {name}"),
         whole=isinstance(error, RewardUnavailableError),
     )
     return Outcome(None, failure=problem, suspect=suspect, cause=error)
