@@ -188,7 +188,7 @@ class PPOTrainer:
         return summary
 
     def _train(self) -> dict[str, Any]:
-        args, run, display = self.args, self.run, self.display
+        args, display = self.args, self.display
         self.started = time.perf_counter()
         timer = PhaseTimer(synchronize=self.step.device.type == "cuda")
         for note in self._opened.notes:
@@ -198,17 +198,18 @@ class PPOTrainer:
             display.message(f"resumed from {self._opened.checkpoint.path}")
         if self.train_data.num_filtered:
             display.message(f"{self.train_data.num_filtered} prompts over the limit left out")
-        if run.eval_before is None:
-            run.eval_before = self.evaluate()
-        while run.iterations < args.num_iterations:
+        # a roll-back replaces `self.run`
+        if self.run.eval_before is None:
+            self.run.eval_before = self.evaluate()
+        while self.run.iterations < args.num_iterations:
             self.store.check()
             try:
-                row, samples = self._iterate(run.iterations + 1, timer)
+                row, samples = self._iterate(self.run.iterations + 1, timer)
             except NonFiniteError as error:
                 recovery.roll_back(self, error)
                 continue
             self._record(row, samples)
-        after = self.evaluate()
+        run, after = self.run, self.evaluate()
         summary = {
             "eval_before": run.eval_before,
             "eval_after": after,
