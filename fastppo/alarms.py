@@ -42,7 +42,7 @@ class Alarms:
                     "the policy moved very far. Lower learning_rate, or set target_kl",
                 )
             )
-        if row["entropy"] < config.entropy_warning:
+        if config.entropy_warning and row["entropy"] < config.entropy_warning:
             found.append(
                 Alarm(
                     "entropy",

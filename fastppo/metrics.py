@@ -51,15 +51,14 @@ def check_report_to(report_to: Sequence[str]) -> None:
 
 class _Sink(Protocol):
     def log(self, values: Mapping[str, float], iteration: int) -> None: ...
+    def rewind(self, last: int) -> None: ...
     def close(self) -> None: ...
 
 
 class _TensorBoard:
     def __init__(self, run_dir: Path, config: Mapping[str, Any], last: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge = last + 1 if last else None  # hides what the killed part of a run wrote after it
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self._folder = str(run_dir / "tensorboard")
+        self._writer = self._open(last)
         self._writer.add_text(
             "config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```"
         )
@@ -69,8 +68,18 @@ class _TensorBoard:
             self._writer.add_scalar(key, value, iteration)
         self._writer.flush()
 
+    def rewind(self, last: int) -> None:
+        self._writer.close()
+        self._writer = self._open(last)
+
     def close(self) -> None:
         self._writer.close()
+
+    def _open(self, last: int | None) -> Any:
+        """A writer whose events hide all that was written about iterations after `last`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self._folder, purge_step=None if last is None else last + 1)
 
 
 class _Run:
@@ -81,6 +90,9 @@ class _Run:
 
     def log(self, values: Mapping[str, float], iteration: int) -> None:
         self._run.log(dict(values), step=iteration)
+
+    def rewind(self, last: int) -> None:
+        """What was sent cannot be taken back; the repeated iterations are shown after it."""
 
     def close(self) -> None:
         self._run.finish()
@@ -165,6 +177,8 @@ class MetricsWriter:
             file: IO[str] = getattr(self, name)
             file.close()
             setattr(self, name, _open_lines(Path(file.name), last_iteration))
+        for sink in self._sinks:
+            sink.rewind(last_iteration)
 
     def sync(self) -> None:
         """Bring both files to the disk."""

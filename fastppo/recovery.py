@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,27 +28,29 @@ if TYPE_CHECKING:
     from fastppo.trainer import PPOTrainer
 
 MAX_ROLLBACKS = 3
-DUMPS_KEPT = 10**6
 
 
-def save_checkpoint(trainer: PPOTrainer, *, score: float | None = None, wait: bool = False) -> Path:
+def save_checkpoint(
+    trainer: PPOTrainer, *, score: float | None = None, extra: bool = False
+) -> Path:
     """Save all that an exact continuation needs, in the middle of an iteration too.
 
     Args:
         trainer: while it trains.
         score: what `keep_best` goes by.
-        wait: until it is on disk; otherwise that happens while the run goes on.
+        extra: besides those of `save_interval`; return when it is on disk. Otherwise that happens
+            while the run goes on.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: the previous checkpoint could not be saved, or with `wait` this one.
+        CheckpointError: the previous checkpoint could not be saved, or with `extra` this one.
     """
     name = checkpoint_name(trainer.run, trainer.current, trainer.step.progress)
     tensors, state = _state(trainer)
     trainer.metrics.sync()
-    trainer.store.save(name, tensors, state, score=score, wait=wait)
+    trainer.store.save(name, tensors, state, score=score, extra=extra, wait=extra)
     return trainer.store.folder / name
 
 
@@ -68,6 +70,7 @@ def restore(trainer: PPOTrainer, checkpoint: Checkpoint) -> None:
         ) from error
     if state["config"]["token_budget"] != trainer.args.token_budget:
         trainer.step.token_budget = trainer.args.token_budget
+    trainer.token_budget_shown = trainer.step.token_budget
     if state["max_rows"] is not None:
         trainer.engine.max_rows = state["max_rows"]  # type: ignore[attr-defined]  # had it
     trainer.rewards.load_state_dict(state["reward_failures"])
@@ -98,6 +101,23 @@ def set_aside(run_dir: Path, checkpoint: Checkpoint) -> Path | None:
     return aside
 
 
+@contextlib.contextmanager
+def all_or_nothing(trainer: PPOTrainer) -> Iterator[None]:
+    """A phase that starts again from its beginning if something stops it.
+
+    What engine and rewards then know of it (memory that ran out, samples lost) is put back to what
+    it was, so that the repetition is the same as without the stop.
+    """
+    rewards, rows = trainer.rewards.state_dict(), getattr(trainer.engine, "max_rows", None)
+    try:
+        yield
+    except BaseException:
+        trainer.rewards.load_state_dict(rewards)
+        if hasattr(trainer.engine, "max_rows"):
+            trainer.engine.max_rows = rows
+        raise
+
+
 def dump(
     trainer: PPOTrainer,
     kind: str,
@@ -122,7 +142,7 @@ def dump(
         tensors["recorded"] = recorded._asdict()
         del tensors["recorded"]["skipped"]
     folder = trainer.run_dir / "dumps"
-    with contextlib.closing(CheckpointStore(folder, keep_last=DUMPS_KEPT)) as dumps:
+    with contextlib.closing(CheckpointStore(folder, keep_last=None)) as dumps:
         dumps.save(name, tensors, state | {"samples": strict(list(samples))}, wait=True)
     return folder / name
 
@@ -138,8 +158,10 @@ def roll_back(trainer: PPOTrainer, error: NonFiniteError) -> None:
     kept = dump(trainer, "nonfinite", recorded=error.recorded)
     trainer.step.progress = None
     trainer.store.wait()
-    checkpoint, _ = trainer.store.newest()
-    rollbacks = trainer.run.rollbacks + 1
+    # An extra one may have the very samples, and a run without a signal would not have it.
+    here = checkpoint_name(trainer.run, Iteration(), None)
+    checkpoint, _ = trainer.store.newest(regular_until=here)
+    seconds, rollbacks = trainer.run.seconds, trainer.run.rollbacks + 1
     if trainer.args.on_nonfinite == "stop" or not checkpoint or rollbacks > MAX_ROLLBACKS:
         back = ""
         if trainer.args.on_nonfinite == "rollback" and checkpoint is None:
@@ -148,11 +170,8 @@ def roll_back(trainer: PPOTrainer, error: NonFiniteError) -> None:
             back = f"Going back to a checkpoint {MAX_ROLLBACKS} times did not help. "
         message = f"{error}. {back}The step is kept: fastppo replay {kept}"
         raise NonFiniteError(message, error.progress, error.recorded) from error
-    seconds = trainer.run.seconds
     restore(trainer, checkpoint)
-    if trainer.current.row is None:  # its samples may be the ones that failed
-        trainer.current, trainer.step.progress = Iteration(), None
-    trainer.run.rollbacks, trainer.run.seconds = rollbacks, seconds
+    trainer.run.seconds, trainer.run.rollbacks = seconds, rollbacks
     trainer.metrics.rewind(trainer.run.iterations)
     trainer.display.restore(trainer.metrics.rows())
     trainer.display.message(

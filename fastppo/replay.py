@@ -25,8 +25,6 @@ from fastppo.state import Iteration, frozen_digest, load_run, saved_run
 from fastppo.step import PPOStep
 from fastppo.train import lora_config
 
-_FIGURES = ("value_loss", "actor_norm", "critic_norm")
-
 
 def replay(dump: Annotated[Path, tyro.conf.Positional], model: str = "") -> int:
     """Run the optimiser step of a dump or an interrupted checkpoint, with anomaly detection.
@@ -125,18 +123,16 @@ def _load(checkpoint: Checkpoint, model: str) -> tuple[PPOStep, Iteration, str]:
 
 def _compare(step: PPOStep, minibatch: PackedBatch, checkpoint: Checkpoint) -> bool:
     """Leave the gradients; print losses and norms, and whether they are the recorded ones."""
-    policy, value_loss, norms = step.gradients(minibatch)
-    norms = norms if len(norms) == 2 else [*norms, torch.zeros_like(value_loss)]
-    losses = dict(zip(ops.PPO_METRIC_NAMES, policy.tolist(), strict=True))
+    stats = step.stats(*step.gradients(minibatch), torch.zeros((), device=step.device))
+    losses = dict(zip(ops.PPO_METRIC_NAMES, stats.policy.tolist(), strict=True))
     print(
-        f"policy_loss {losses['policy_loss']:g}  value_loss {value_loss:g}  "
-        f"actor_grad_norm {norms[0]:g}  critic_grad_norm {norms[1]:g}"
+        f"policy_loss {losses['policy_loss']:g}  value_loss {stats.value_loss:g}  "
+        f"actor_grad_norm {stats.actor_norm:g}  critic_grad_norm {stats.critic_norm:g}"
     )
     if "recorded" not in checkpoint.groups:
         return True
     recorded = checkpoint.tensors("recorded")
-    now = {"policy": policy, **dict(zip(_FIGURES, (value_loss, *norms), strict=True))}
-    same = all(_bits(now[name]) == _bits(value) for name, value in recorded.items())
+    same = all(_bits(getattr(stats, name)) == _bits(value) for name, value in recorded.items())
     print("as recorded, bit by bit" if same else "NOT the recorded numbers: other versions?")
     return same
 

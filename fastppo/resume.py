@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import platform
@@ -20,6 +21,7 @@ from fastppo.checkpoint import (
     lock_run_dir,
     new_run_dir,
 )
+from fastppo.checkpoint.lock import LOCK
 from fastppo.config import PPOConfig
 
 SAFE_TO_CHANGE = frozenset(
@@ -41,8 +43,8 @@ def find_run(resume: bool | str | Path, output_dir: str) -> tuple[Path | None, P
     """The run directory to continue, and the checkpoint in it that was asked for by name.
 
     Args:
-        resume: True: the run in `output_dir`, else the latest below runs/ that has checkpoints.
-            A path: a run directory, or one of its checkpoints.
+        resume: True: the run in `output_dir`, else the one below runs/ that was the last to save a
+            checkpoint. A path: a run directory, or one of its checkpoints.
         output_dir: the configuration's.
 
     Returns:
@@ -54,14 +56,17 @@ def find_run(resume: bool | str | Path, output_dir: str) -> tuple[Path | None, P
     if isinstance(resume, bool):
         if output_dir:
             path = Path(output_dir).expanduser().resolve()
-            return (path, None) if path.is_dir() and any(path.iterdir()) else (None, None)
-        found = [path.parent for path in sorted(Path("runs").glob("*/checkpoints"))]
+            if not path.is_dir() or not any(path.iterdir()):
+                return None, None
+            _check_run_dir(path)
+            return path, None
+        found = sorted(Path("runs").glob("*/checkpoints"), key=lambda p: p.stat().st_mtime)
         if not found:
             raise ValueError(
                 "resume: expected a run with checkpoints below runs/, found none. Name the run's "
                 "folder, or set output_dir"
             )
-        return found[-1].resolve(), None
+        return found[-1].parent.resolve(), None
     path = Path(resume).expanduser().resolve()
     named = path if path.parent.name == "checkpoints" else None
     run_dir = path.parent.parent if named else path
@@ -75,7 +80,17 @@ def find_run(resume: bool | str | Path, output_dir: str) -> tuple[Path | None, P
             f"output_dir: expected the run that is resumed, {str(run_dir)!r}, got {output_dir!r}. "
             "Leave output_dir out"
         )
+    _check_run_dir(run_dir)
     return run_dir, named
+
+
+def _check_run_dir(path: Path) -> None:
+    """Refuse a folder in which no run has been: a resumed run writes in it."""
+    if not (path / LOCK).exists() and not (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"resume: expected the folder of a run, got {str(path)!r}, which has neither "
+            f"checkpoints/ nor {LOCK}"
+        )
 
 
 def find_checkpoint(
@@ -127,9 +142,10 @@ def open_run(
         held: gets the lock of a run that is continued.
 
     Raises:
-        ValueError: see `new_run_dir`, `find_run`, `lock_run_dir` and `check_config`.
+        ValueError: see `check_allowed`, `new_run_dir`, `find_run`, `lock_run_dir`, `check_config`.
         CheckpointError: see `find_checkpoint`.
     """
+    check_allowed(args, allowed, resume)
     found, named = find_run(resume, args.output_dir) if resume else (None, None)
     run_dir = found or new_run_dir(args.output_dir)
     store = CheckpointStore(
@@ -170,11 +186,7 @@ def check_config(saved: Mapping[str, Any], args: PPOConfig, allowed: Iterable[st
     Raises:
         ValueError: every field that differs and is neither in SAFE_TO_CHANGE nor allowed.
     """
-    current = plain_config(args)
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    names: dict[str, Any] = json.loads(json.dumps(defaults))
-    if unknown := [name for name in allowed if name not in names]:
-        raise ValueError(f"allow_changes: expected names of options, got {', '.join(unknown)}")
+    current, names = plain_config(args), _defaults(args)
     free = {*SAFE_TO_CHANGE, *allowed}
     if args.lr_schedule == "constant":
         free.add("num_iterations")  # otherwise it shapes the learning rate from the start
@@ -195,6 +207,32 @@ def check_config(saved: Mapping[str, Any], args: PPOConfig, allowed: Iterable[st
 def _compared(name: str, value: Any) -> Any:
     """A reward is the same file and function in whatever folder."""
     return [Path(spec).name for spec in value] if name == "reward" else value
+
+
+def check_allowed(args: PPOConfig, allowed: Sequence[str], resume: bool | str | Path) -> None:
+    """Refuse `allowed` where it means nothing.
+
+    Raises:
+        ValueError: a name that no option has, or names without `resume`.
+    """
+    names = list(_defaults(args))
+    if unknown := [name for name in allowed if name not in names]:
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"allow_changes: expected names of options, got {', '.join(unknown)}{hint}"
+        )
+    if allowed and not resume:
+        raise ValueError(
+            f"allow_changes = {', '.join(allowed)} would have no effect: it needs resume"
+        )
+
+
+def _defaults(args: PPOConfig) -> dict[str, Any]:
+    """The name of every option and its default, as it comes back from JSON."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    plain: dict[str, Any] = json.loads(json.dumps(defaults, default=str))
+    return plain
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastppo import preparation as prep
+from fastppo.models import DATA_ONLY
 
 if TYPE_CHECKING:
     from fastppo.policy import Policy
@@ -63,7 +64,7 @@ def load_critic(policy: Policy, folder: Path) -> None:
             )
         from transformers import AutoModel
 
-        saved = AutoModel.from_pretrained(file.parent, dtype=torch.float32)
+        saved = AutoModel.from_pretrained(file.parent, dtype=torch.float32, **DATA_ONLY)
         prep.trunk_of(policy.critic).load_state_dict(saved.state_dict())
     policy.value_head.load_state_dict(load_file(file))
 

@@ -13,7 +13,7 @@ from fastppo.rollout import Rollouts
 
 
 def check_scored(scored: RewardBatch) -> None:
-    """Refuse a batch of which nothing would be learned.
+    """Refuse a batch from which nothing would be learned.
 
     Raises:
         RewardError: no function could score any sample, and none failed.
@@ -72,9 +72,10 @@ def sample_rows(
     return rows
 
 
-def mean(scores: np.ndarray) -> float:
+def mean(scores: np.ndarray | Sequence[float]) -> float:
     """The mean of what was scored; NaN, without numpy's warning, where nothing was."""
-    scored = scores[~np.isnan(scores)]
+    given = np.asarray(scores)
+    scored = given[~np.isnan(given)]
     return float(scored.mean()) if scored.size else math.nan
 
 

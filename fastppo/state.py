@@ -131,28 +131,29 @@ def load_run(checkpoint: Checkpoint, run: Run, step: PPOStep) -> tuple[Run, Iter
 
 def saved_run(checkpoint: Checkpoint) -> Run:
     """The run that a checkpoint was saved by."""
-    fields = _from_json(checkpoint.state["run"])
-    if checkpoint.state["run"]["eval_before"] is None:
-        fields["eval_before"] = None
+    fields = dict(checkpoint.state["run"])
+    fields["rewards"] = [_number(value) for value in fields["rewards"]]
+    if fields["eval_before"] is not None:
+        fields["eval_before"] = _numbers(fields["eval_before"])
     return Run(**fields)
 
 
 def _to_json(value: Any) -> Any:
-    """NaN, which JSON has no word for, becomes null."""
+    """Numbers that JSON has no word for become text: "nan", "inf", "-inf"."""
     if isinstance(value, dict):
         return {key: _to_json(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_to_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _from_json(value: Any) -> Any:
+def _number(value: float | str) -> float:
     """The reverse of `_to_json`."""
-    if isinstance(value, dict):
-        return {key: _from_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_from_json(item) for item in value]
-    return math.nan if value is None else value
+    return float(value) if isinstance(value, str) else value
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _number(value) for key, value in values.items()}
 
 
 # The step
@@ -292,7 +293,7 @@ def load_iteration(
             fields[f"{name}_host"] = tensors[f"batch/{name}"].numpy()
         current.batch = PackedBatch(**fields, max_seqlen=state["batch"])
     if "row" in state:
-        current.row = _from_json(state["row"])
+        current.row = _numbers(state["row"])
     if "progress" in state:
         names = StepStats._fields if "steps/policy" in tensors else ()
         stacked = [tensors[f"steps/{name}"].to(device) for name in names]

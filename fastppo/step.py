@@ -286,12 +286,18 @@ class PPOStep:
         count = torch.where(stopped, self._nonfinite, (self._nonfinite + 1) * bad)
         skip = bad | stopped
         empty = policy[ops.PPO_METRIC_NAMES.index("num_tokens")] == 0
-        zero = torch.zeros((), device=self.device)
-        both = norms if self._trains_actor else [zero, *norms]
-        stats = StepStats(policy, value_loss, both[0], (*both[1:], zero)[0], skip.float())
+        stats = self.stats(policy, value_loss, norms, skip)
         apply_step(self._stepped(), norms, self.config.max_grad_norm, skip | empty)
         self._nonfinite = count
         return stats
+
+    def stats(
+        self, policy: Tensor, value_loss: Tensor, norms: list[Tensor], skip: Tensor
+    ) -> StepStats:
+        """What `gradients` returned, and () bool whether the step was skipped, by name."""
+        zero = torch.zeros((), device=self.device)
+        both = norms if self._trains_actor else [zero, *norms]
+        return StepStats(policy, value_loss, both[0], (*both[1:], zero)[0], skip.float())
 
     @property
     def _trains_actor(self) -> bool:

@@ -38,7 +38,7 @@ from fastppo.resume import open_run, plain_config
 from fastppo.rewards import RewardBatch, RewardError
 from fastppo.rollout import Engine, Rollouts, Sampling
 from fastppo.rollout.transformers import TransformersEngine
-from fastppo.scores import check_scored, evaluation, sample_rows, score_metrics
+from fastppo.scores import check_scored, evaluation, mean, sample_rows, score_metrics
 from fastppo.seeding import derive_seed
 from fastppo.state import Iteration, Run, frozen_digest
 from fastppo.step import NonFiniteError, PPOStep
@@ -136,7 +136,7 @@ class PPOTrainer:
         self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
         self.run = Run(self.step.precision, self.train_data.digest, self.rewards.names)
         self.alarms = Alarms(args)
-        self._token_budget = self.step.token_budget  # the last one shown
+        self.token_budget_shown = self.step.token_budget
         self.current = Iteration()
         """What the iteration under way has so far."""
 
@@ -161,7 +161,6 @@ class PPOTrainer:
             if not self._opened.found:
                 stack.enter_context(lock_run_dir(self.run_dir))
             stack.enter_context(self._held)
-            write_json(self.run_dir / "config.json", config)
             stack.enter_context(contextlib.closing(self.store))
             stack.enter_context(self.rewards)
             self.run.frozen = frozen_digest(self.step)
@@ -169,6 +168,7 @@ class PPOTrainer:
                 recovery.restore(self, self._opened.checkpoint)
                 if aside := recovery.set_aside(self.run_dir, self._opened.checkpoint):
                     self._opened.notes.append(f"what came after it is kept in {aside}")
+            write_json(self.run_dir / "config.json", config)
             self.metrics = stack.enter_context(
                 MetricsWriter(
                     self.run_dir,
@@ -184,7 +184,7 @@ class PPOTrainer:
                 summary = self._train()
             except (interrupts.Interrupted, RewardError) as error:
                 self.display.message(f"{_reason(error)}: saving a checkpoint")
-                saved = recovery.save_checkpoint(self, wait=True)
+                saved = recovery.save_checkpoint(self, extra=True)
                 self.display.message(f"saved {saved}; --resume goes on from there")
                 raise
             self.store.wait()
@@ -215,8 +215,8 @@ class PPOTrainer:
         summary = {
             "eval_before": run.eval_before,
             "eval_after": after,
-            "reward_first": float(np.mean(run.rewards[:3])),
-            "reward_last": float(np.mean(run.rewards[-5:])),
+            "reward_first": mean(run.rewards[:3]),
+            "reward_last": mean(run.rewards[-5:]),
             "rewards": run.rewards,
             "iterations": run.iterations,
             "seconds": run.seconds + time.perf_counter() - self.started,
@@ -244,14 +244,15 @@ class PPOTrainer:
         group_ids = np.repeat(np.arange(len(drawn)), args.n_samples)
         prompts = [data.ids[i] for i in indices]
         if current.rollouts is None:
-            with timer("rollout"):
+            with timer("rollout"), recovery.all_or_nothing(self):
                 current.rollouts = self.engine.generate(prompts, self._sampling(iteration))
         rollouts = current.rollouts
-        completions = self._decoded(rollouts)
-        if current.scored is None:
-            with timer("reward"):
-                scored = self._score(data, indices, rollouts, completions)
-                check_scored(scored)  # a resumed run asks again
+        with timer("reward"):
+            completions = self._decoded(rollouts)
+            if current.scored is None:
+                with recovery.all_or_nothing(self):
+                    scored = self._score(data, indices, rollouts, completions)
+                    check_scored(scored)
                 current.scored = scored
         scored = current.scored
         if current.batch is None:
@@ -304,9 +305,9 @@ class PPOTrainer:
             show(f"iteration {iteration}: {failure}")
         if more := failures[3:]:
             show(f"iteration {iteration}: {len(more)} more samples lost by reward functions")
-        if self.step.token_budget < self._token_budget:
-            self._token_budget = self.step.token_budget
-            show(f"out of memory: token_budget is {self._token_budget} from now on")
+        if self.step.token_budget < self.token_budget_shown:
+            self.token_budget_shown = self.step.token_budget
+            show(f"out of memory: token_budget is {self.token_budget_shown} from now on")
         for alarm in self.alarms.check(row):
             kept = recovery.dump(self, alarm.name, samples=samples)
             show(f"iteration {iteration}: {alarm.message}. The batch is kept in {kept}")
@@ -353,15 +354,14 @@ class PPOTrainer:
             return {}
         scored, drawn = [], []
         failures = self.rewards.state_dict()
-        try:
+        with recovery.all_or_nothing(self):
             for start in range(0, len(data), EVAL_BATCH):
                 indices = np.arange(start, min(start + EVAL_BATCH, len(data)))
                 prompts = [data.ids[i] for i in indices]
                 rollouts = self.engine.generate(prompts, self._sampling(0, greedy=True))
                 scored.append(self._score(data, indices, rollouts, self._decoded(rollouts)))
                 drawn.append(rollouts)
-        finally:  # the failure rate is that of the iterations, however often this is interrupted
-            self.rewards.load_state_dict(failures)
+        self.rewards.load_state_dict(failures)  # the failure rate is that of the iterations
         return evaluation(scored, drawn)
 
     def _save_final_model(self) -> Path:

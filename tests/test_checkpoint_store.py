@@ -142,9 +142,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Holds the writer back until it is set."""
     event, original = threading.Event(), store.fmt.write
 
-    def held(*args: Any) -> None:
+    def held(*args: Any, **options: Any) -> None:
         assert event.wait(20)
-        original(*args)
+        original(*args, **options)
 
     monkeypatch.setattr(store.fmt, "write", held)
     return event
@@ -257,9 +257,43 @@ def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     assert names(made) == ["step-3", "step-5", "step-6"]
 
 
-def test_the_one_just_saved_stays_whatever_its_name(tmp_path: Path) -> None:
-    saved(tmp_path, 7, 8, 9, keep_last=3)
-    assert names(saved(tmp_path, 1, keep_last=2)) == ["step-1", "step-8", "step-9"]
+def test_a_run_that_went_back_drops_what_it_had_beyond(tmp_path: Path) -> None:
+    """A later resume would take the abandoned ones for the newest."""
+    made = saved(tmp_path, keep_last=4, keep_best=1)
+    for step in (5, 7, 8, 9):
+        made.save(f"step-{step}", tensors(step), {}, score=float(step), wait=True)
+    made.save("step-6", tensors(6), {}, score=0.0, wait=True)
+    assert names(made) == ["step-5", "step-6"]
+    everything = saved(tmp_path / "dumps", 7, 8, 9, 1, keep_last=None)
+    assert names(everything) == ["step-1", "step-7", "step-8", "step-9"]
+
+
+def test_an_extra_one_stays_until_the_next_save(tmp_path: Path) -> None:
+    made = saved(tmp_path, 1, 2, 3, keep_last=2)
+    for name in ("step-3-extra", "step-3-later"):
+        made.save(name, tensors(3), {}, extra=True, wait=True)
+        assert names(made) == ["step-2", "step-3", name]
+        assert newest(made) == name
+        found, passed_over = made.newest(regular_until="step-3")
+        assert found is not None and found.path.name == "step-3" and passed_over == []
+        found, _ = made.newest(regular_until="step-2-any")
+        assert found is not None and found.path.name == "step-2"
+    saved(tmp_path, 4, keep_last=2)
+    assert names(made) == ["step-3", "step-4"]
+    assert made.newest(regular_until="step-1") == (None, [])
+
+
+def test_an_extra_one_in_place_of_a_regular_one_is_regular(tmp_path: Path) -> None:
+    made = saved(tmp_path, keep_last=1, keep_best=1)
+    made.save("step-1", tensors(1), {}, score=1.0, wait=True)
+    made.save("step-1", tensors(5), {"step": 5}, extra=True, wait=True)
+    saved(tmp_path, 2, 3, keep_last=1, keep_best=1)
+    assert names(made) == ["step-1", "step-3"]
+    assert made.named("step-1").state == {"step": 5}
+    (tmp_path / "checkpoints" / "step-3" / "manifest.json").write_text("{}")
+    made.save("step-3", tensors(3), {}, extra=True, wait=True)  # nothing to take over there
+    made.save("step-4", tensors(4), {}, wait=True)
+    assert names(made) == ["step-1", "step-4"]
 
 
 def test_what_is_no_checkpoint_is_neither_counted_nor_removed(tmp_path: Path) -> None:
@@ -363,9 +397,9 @@ from pathlib import Path
 from fastppo.checkpoint import CheckpointError, CheckpointStore, durable, run_dir, store
 original = store.fmt.write
 go, asked = os.pipe()
-def held(*args):
+def held(*args, **options):
     os.read(go, 1)
-    original(*args)
+    original(*args, **options)
 store.fmt.write = held
 made = CheckpointStore(Path(sys.argv[1]))
 made.save("a", {"policy": {"x": torch.ones(3)}}, {})

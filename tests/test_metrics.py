@@ -104,6 +104,39 @@ def test_a_folder_of_runs_is_not_taken_for_the_package(tmp_path: Path, monkeypat
         check_report_to(["trackio"])
 
 
+@pytest.mark.parametrize("last", [0, 2], ids=["from-the-beginning", "from-the-third"])
+@pytest.mark.parametrize("again", [False, True], ids=["rewound", "opened-again"])
+def test_tensorboard_shows_a_repeated_iteration_once(
+    last: int, again: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def open_writer(last: int) -> MetricsWriter:
+        return MetricsWriter(tmp_path, ["tensorboard"], {}, "run", last_iteration=last)
+
+    writer = open_writer(0)
+    for iteration in (1, 2, 3, 4):
+        writer.log({"iteration": iteration, "reward": 1.0})
+    if again:
+        writer.close()
+        writer = open_writer(last)
+    else:
+        writer.rewind(last)
+    for iteration in range(last + 1, 6):
+        writer.log({"iteration": iteration, "reward": 2.0})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("reward")]
+    assert shown == [(i, 1.0 if i <= last else 2.0) for i in (1, 2, 3, 4, 5)]
+    assert [row["reward"] for row in map(json.loads, lines_of(tmp_path))] == [v for _, v in shown]
+
+
+def lines_of(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
 def test_tensorboard_event_files_hold_the_finite_values(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

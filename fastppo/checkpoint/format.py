@@ -4,9 +4,10 @@
     NAME/state.json             everything else, strict JSON
     NAME/manifest.json          written last
 
-The manifest holds the version of this format, the checkpoint's name and score, size and SHA-256 of
-every other file, and the SHA-256 of all that. It is valid in one spelling only, the one `_render`
-gives, so that any change of it is noticed; the name is in it so that a copy under another name is.
+The manifest holds the version of this format, the checkpoint's name and score, whether it is an
+extra one, size and SHA-256 of every other file, and the SHA-256 of all that. It is valid in one
+spelling only, the one `_render` gives, so that any change of it is noticed; the name is in it so
+that a copy under another name is.
 """
 
 from __future__ import annotations
@@ -103,13 +104,16 @@ def write(
     name: str,
     tensors: dict[str, dict[str, Tensor]],
     state: bytes,
+    *,
     score: float | None,
+    extra: bool,
 ) -> None:
     """Write a checkpoint called `name` into the new folder `folder`; it is on the disk at the end.
 
     Args:
         tensors: contiguous, on the CPU. Emptied on the way, to give their memory back early.
         state: from `encode_state`.
+        score, extra: see `CheckpointStore.save`.
     """
     folder.mkdir()
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
@@ -122,7 +126,8 @@ def write(
     # Read again rather than hashed on the way: this checks what has been written, not what should
     # have been.
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
-    manifest = {"format": FORMAT, "name": name, "score": score, "files": files}
+    about = {"name": name, "score": score, "extra": extra}
+    manifest = {"format": FORMAT, **about, "files": files}
     write_file(folder / MANIFEST, _render(manifest))
     sync(folder)
 

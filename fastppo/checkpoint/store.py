@@ -50,12 +50,13 @@ class CheckpointStore:
 
     Args:
         folder: run_dir / "checkpoints". Made by the first save.
-        keep_last: so many of the newest stay, at least 1; the one just saved always does.
+        keep_last: so many of the newest stay, at least 1; the one just saved always does, and what
+            sorts after it, left from a run that went back, never. None: nothing is removed.
         keep_best: so many of those with the highest score stay besides.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int = 2, keep_best: int = 0) -> None:
-        if keep_last < 1 or keep_best < 0:
+    def __init__(self, folder: Path, *, keep_last: int | None = 2, keep_best: int = 0) -> None:
+        if (keep_last is not None and keep_last < 1) or keep_best < 0:
             raise ValueError(
                 f"keep_last, keep_best: expected at least 1 and 0, got {keep_last} and {keep_best}"
             )
@@ -73,6 +74,7 @@ class CheckpointStore:
         state: Mapping[str, Any],
         *,
         score: float | None = None,
+        extra: bool = False,
         wait: bool = False,
     ) -> None:
         """Copy everything to host memory, return, and write it to disk in a thread.
@@ -87,6 +89,8 @@ class CheckpointStore:
                 Tensors that share memory are written separately.
             state: everything else; what JSON gives back exactly.
             score: for keep_best; higher is better.
+            extra: besides the regular ones; it stays until the next save only, and `keep_last`
+                does not count it. One that replaces a regular one is regular and has its score.
             wait: return when it is on the disk.
 
         Raises:
@@ -105,7 +109,7 @@ class CheckpointStore:
         score = None if score is None else float(score)
         writer = threading.Thread(
             target=self._write,
-            args=(name, _snapshot(tensors), content, score),
+            args=(name, _snapshot(tensors), content, score, extra),
             name="fastppo-checkpoint",
         )
         writer.start()
@@ -144,11 +148,19 @@ class CheckpointStore:
             delete(path)
         return [*self._clear(), *(path.name for path in partial)]
 
-    def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest valid checkpoint, if any; "name: reason" for each newer one passed over."""
+    def newest(self, *, regular_until: str | None = None) -> tuple[Checkpoint | None, list[str]]:
+        """The newest valid checkpoint, if any; "name: reason" for each newer one passed over.
+
+        Args:
+            regular_until: look only at regular ones that do not sort after this name.
+        """
         passed_over: list[str] = []
         for name, path in sorted(self._found().items(), reverse=True):
             try:
+                if regular_until is not None and (
+                    name > regular_until or fmt.read_manifest(path, name)["extra"]
+                ):
+                    continue
                 return fmt.read(path, name), passed_over
             except InvalidError as reason:
                 passed_over.append(f"{name}: {reason}")
@@ -166,23 +178,36 @@ class CheckpointStore:
     # In the writer's thread
 
     def _write(
-        self, name: str, tensors: dict[str, dict[str, Tensor]], state: bytes, score: float | None
+        self,
+        name: str,
+        tensors: dict[str, dict[str, Tensor]],
+        state: bytes,
+        score: float | None,
+        extra: bool,
     ) -> None:
         failed = "could not be saved"
         try:
             make_folder(self.folder)
             self._clear()
-            self._publish(name, tensors, state, score)
+            if extra:
+                score, extra = self._rank(name)
+            partial = self._hidden(name, "partial")
+            fmt.write(partial, name, tensors, state, score=score, extra=extra)
+            self._publish(name, partial)
             failed = "is saved, but older ones could not be removed"
             self._prune(name)
         except Exception as error:
             self._error = self._explained(name, failed, error)
 
-    def _publish(
-        self, name: str, tensors: dict[str, dict[str, Tensor]], state: bytes, score: float | None
-    ) -> None:
-        partial, replaced = self._hidden(name, "partial"), self._hidden(name, "replaced")
-        fmt.write(partial, name, tensors, state, score)
+    def _rank(self, name: str) -> tuple[float | None, bool]:
+        """Score of an extra checkpoint, and whether it stays one, by what it replaces."""
+        with contextlib.suppress(InvalidError):
+            manifest = fmt.read_manifest(self.folder / name, name)
+            return manifest["score"], manifest["extra"]
+        return None, True
+
+    def _publish(self, name: str, partial: Path) -> None:
+        replaced = self._hidden(name, "replaced")
         if os.path.lexists(self.folder / name):
             os.rename(self.folder / name, replaced)
         os.rename(partial, self.folder / name)
@@ -192,15 +217,19 @@ class CheckpointStore:
 
     def _prune(self, saved: str) -> None:
         """Remove what neither limit keeps; a folder without a valid manifest is left alone."""
-        scores = {}
+        if self.keep_last is None:
+            return
+        found = {}
         for name in self._found():
             with contextlib.suppress(InvalidError):
-                scores[name] = fmt.read_manifest(self.folder / name, name)["score"]
-        scored = [name for name in scores if scores[name] is not None]
+                found[name] = fmt.read_manifest(self.folder / name, name)
+        regular = sorted(name for name in found if name <= saved and not found[name]["extra"])
+        scores = {name: found[name]["score"] for name in regular}
+        scored = [name for name in regular if scores[name] is not None]
         best = sorted(scored, key=lambda name: (scores[name], name), reverse=True)
-        keep = {saved, *sorted(scores)[-self.keep_last :], *best[: self.keep_best]}
-        removed = [self._hidden(name, "removed") for name in sorted(scores.keys() - keep)]
-        for name, hidden in zip(sorted(scores.keys() - keep), removed, strict=True):
+        keep = {saved, *regular[-self.keep_last :], *best[: self.keep_best]}
+        removed = [self._hidden(name, "removed") for name in sorted(found.keys() - keep)]
+        for name, hidden in zip(sorted(found.keys() - keep), removed, strict=True):
             os.rename(self.folder / name, hidden)
         if removed:
             sync(self.folder)  # no power cut shows a half deleted one under its name

@@ -140,12 +140,20 @@ class Rewards:
         self._pool.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The failures of the last batches, which `max_failure_rate` looks at, as plain JSON."""
-        return self._window.state_dict()
+        """The failures of the last batches, which `max_failure_rate` looks at, and the token
+        budgets that reward models have come down to, as plain JSON.
+        """
+        budgets = {name: model.token_budget for name, model in self._models().items()}
+        return {**self._window.state_dict(), "token_budgets": budgets}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` gave."""
         self._window.load_state_dict(state)
+        for name, model in self._models().items():
+            model.token_budget = state["token_budgets"][name]
+
+    def _models(self) -> dict[str, RewardModel]:
+        return {f.name: f.model for f in self._functions if f.model is not None}
 
     @property
     def names(self) -> list[str]:
@@ -177,9 +185,8 @@ class Rewards:
 
     def load_models(self) -> None:
         """Reads the weights of the reward models now instead of at the first call."""
-        for function in self._functions:
-            if isinstance(function.call, RewardModel):
-                function.call.load()
+        for model in self._models().values():
+            model.load()
 
     def __call__(
         self,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastppo.device import free_memory, is_out_of_memory
+from fastppo.models import DATA_ONLY
 
 
 class RewardModel:
@@ -93,13 +94,21 @@ class RewardModel:
             )
         if self.tokenizer is None:
             try:
-                self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, **DATA_ONLY
+                )
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise ValueError(
                     f"reward model {str(folder)!r} has no usable tokenizer ({error}); save its "
                     "tokenizer into the same folder"
                 ) from error
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **DATA_ONLY)
+        if "/" in (kernel := str(config._attn_implementation)):
+            raise ValueError(
+                f"reward model {str(folder)!r}: attn_implementation = {kernel!r} in its "
+                "config.json is code on a hub, which is not run. Remove it"
+            )
+        return config
 
     def load(self) -> Any:
         """The model on its device; reads the weights the first time.
@@ -111,7 +120,11 @@ class RewardModel:
             from transformers import AutoModelForSequenceClassification
 
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                str(self._folder), dtype=self.dtype, local_files_only=True, output_loading_info=True
+                str(self._folder),
+                dtype=self.dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                **DATA_ONLY,
             )
             if info["missing_keys"]:
                 raise ValueError(

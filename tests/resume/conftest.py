@@ -119,7 +119,10 @@ def differences(a: Path, b: Path) -> list[str]:
     """What differs between two finished runs, byte for byte; times and paths may."""
     found = []
     names = {str(p.relative_to(d / "model")) for d in (a, b) for p in (d / "model").rglob("*")}
-    last = "checkpoints/iteration-000006"
+    listed = [sorted(p.relative_to(d) for p in d.glob("[cd][hu]*/*")) for d in (a, b)]
+    if listed[0] != listed[1]:
+        found.append("the list of checkpoints and dumps")
+    last = f"checkpoints/{max(path.name for path in (a / 'checkpoints').iterdir())}"
     files = [f"model/{name}" for name in sorted(names) if "." in name]
     for name in (
         *files,
@@ -140,7 +143,7 @@ def differences(a: Path, b: Path) -> list[str]:
     for state in states:
         del state["run"]["seconds"], state["config_sha256"]
         for name in ("output_dir", "model", "dataset", "eval_dataset", "reward"):
-            del state["config"][name]
+            state["config"].pop(name, None)
     if states[0] != states[1]:
         found.append("state.json")
     summaries = [_without_times(json.loads((d / "summary.json").read_text())) for d in (a, b)]
