@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from pathlib import Path
+
+_ADVICE = {
+    errno.ENOSPC: "Free some space there, then go on",
+    errno.EDQUOT: "Free some space within the quota, then go on",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "Mount the file system for writing, or choose another output_dir",
+    errno.EACCES: "Make the folder writable for this user, or choose another output_dir",
+    errno.EPERM: "Make the folder writable for this user, or choose another output_dir",
+    errno.EXDEV: "Choose an output_dir that lies on one file system",
+}
 
 
 def sync(path: Path) -> None:
@@ -51,3 +63,16 @@ def delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def advice(error: Exception) -> str:
+    """What to do about a file that could not be written."""
+    return _ADVICE.get(_errno(error), "Mend that, then go on")
+
+
+def _errno(error: Exception) -> int:
+    """The system's error number; safetensors gives it only in words: "... (os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else 0

@@ -9,7 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo.checkpoint.durable import delete, make_folder, sync, sync_tree, write_file
+from safetensors import SafetensorError
+
+from fastppo.checkpoint.durable import advice, delete, make_folder, sync, sync_tree, write_file
+from fastppo.checkpoint.format import CheckpointError
 
 if TYPE_CHECKING:
     from fastppo.policy import Policy
@@ -47,6 +50,9 @@ def save_model(folder: Path, policy: Policy, tokenizer: Any) -> Path:
         folder: must not exist.
         policy: saved by `Policy.save`: the model at the top, the critic in `critic/`.
         tokenizer: saved beside the model.
+
+    Raises:
+        CheckpointError: it could not be written; no part of it is left.
     """
     make_folder(folder.parent)
     partial = _partial(folder)
@@ -58,9 +64,13 @@ def save_model(folder: Path, policy: Policy, tokenizer: Any) -> Path:
         tokenizer.save_pretrained(partial)
         sync_tree(partial)
         partial.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        raise CheckpointError(
+            f"the model could not be saved in {folder}: {error}. {advice(error)}"
+        ) from error
     sync(folder.parent)
     return folder
 

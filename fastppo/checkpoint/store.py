@@ -11,7 +11,6 @@ say what a killed process was doing:
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import re
@@ -24,22 +23,12 @@ import torch
 from torch import Tensor
 
 from fastppo.checkpoint import format as fmt
-from fastppo.checkpoint.durable import delete, make_folder, sync
+from fastppo.checkpoint.durable import advice, delete, make_folder, sync
 from fastppo.checkpoint.format import Checkpoint, CheckpointError, InvalidError, verify
 from fastppo.checkpoint.run_dir import leftovers
 
 NAME = "[A-Za-z0-9_-]+"
 HIDDEN = re.compile(rf"\.({NAME})\.(partial|replaced|removed)")
-
-ADVICE = {
-    errno.ENOSPC: "Free some space there, then go on",
-    errno.EDQUOT: "Free some space within the quota, then go on",
-    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
-    errno.EROFS: "Mount the file system for writing, or choose another output_dir",
-    errno.EACCES: "Make the folder writable for this user, or choose another output_dir",
-    errno.EPERM: "Make the folder writable for this user, or choose another output_dir",
-    errno.EXDEV: "Choose an output_dir that lies on one file system",
-}
 
 
 class CheckpointStore:
@@ -259,9 +248,8 @@ class CheckpointStore:
         with contextlib.suppress(OSError):
             last, _ = self.newest()
         intact = f"{last.path.name} is intact" if last else "There is no earlier checkpoint"
-        advice = ADVICE.get(_errno(error), "Mend that, then go on")
         explained = CheckpointError(
-            f"checkpoint {name!r} {failed} in {self.folder}: {error}. {intact}. {advice}"
+            f"checkpoint {name!r} {failed} in {self.folder}: {error}. {intact}. {advice(error)}"
         )
         explained.__cause__ = error
         return explained
@@ -306,11 +294,3 @@ def _host_copy(tensor: Tensor) -> Tensor:
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return copy.copy_(tensor, non_blocking=True)
     return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _errno(error: Exception) -> int:
-    """The system's error number; safetensors gives it only in words: "... (os error 28)"."""
-    if isinstance(error, OSError):
-        return error.errno or 0
-    match = re.search(r"\(os error (\d+)\)", str(error))
-    return int(match[1]) if match else 0
