@@ -210,7 +210,7 @@ def test_27_token_in_token_out(
         seen.extend(completion_ids)
         return [float(len(text)) for text in completions]
 
-    trainer = make_trainer(reward, num_iterations=1)
+    trainer = make_trainer(reward, num_iterations=1, reward_workers=0)  # `seen` is in this process
     generated, trained = spy(trainer.engine, "generate"), spy(trainer.step, "update")
     trainer.train()
     (prompts, _), rollouts = generated[0]
