@@ -144,6 +144,8 @@ def test_a_step_of_the_critics_warm_up(project: Path, command: Command) -> None:
     assert done.status == 0 and "as recorded, bit by bit" in done.out
     assert "actor_grad_norm 0  critic_grad_norm 0." in done.out
     assert done.out.endswith("every gradient is finite")
+    signed(project / "run" / "dumps" / "iteration-000001-nonfinite", "critic_norm", 1e30)
+    assert command(project, "replay", "run/dumps/iteration-000001-nonfinite").status == 1
 
 
 def test_a_batch_kept_for_reading_has_no_step(project: Path, command: Command) -> None:
