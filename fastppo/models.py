@@ -17,6 +17,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from fastppo.seeding import derive_seed
@@ -41,10 +42,21 @@ class ModelSource:
     """Name of the GGUF file in the folder, where the weights have that form."""
 
     def load(self, auto_class: Any, **options: Any) -> Any:
-        """`auto_class.from_pretrained`, for the model, its configuration or its tokenizer."""
+        """`auto_class.from_pretrained`, for the model, its configuration or its tokenizer.
+
+        Raises:
+            ValueError, OSError: it cannot be loaded, or not without running code.
+        """
         if self.gguf_file is not None:
             options["gguf_file"] = self.gguf_file
-        return auto_class.from_pretrained(self.path, **DATA_ONLY, **options)
+        try:
+            return auto_class.from_pretrained(self.path, **DATA_ONLY, **options)
+        except UnpicklingError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"model: {self.path!r} is not read: its weights are a pickle with more than "
+                f"tensors in it ({reason}). Use one with safetensors"
+            ) from error
 
 
 def find_model(name: str) -> ModelSource:

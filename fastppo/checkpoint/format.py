@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,7 +70,12 @@ class Checkpoint:
                 f"{self.path}: expected a file {name}{TENSORS}, got {self.groups}. "
                 "Resume with the configuration that the checkpoint was saved with"
             )
-        return load_file(self.path / f"{name}{TENSORS}")
+        try:
+            return load_file(self.path / f"{name}{TENSORS}")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.path / name}{TENSORS} cannot be read: {error}. Use another checkpoint"
+            ) from error
 
 
 def verify(path: Path) -> Checkpoint:

@@ -13,33 +13,6 @@ from typing import Any
 
 import pytest
 
-from fastppo.demo import WORDS, tiny_model, word_tokenizer
-
-TOML = """
-model = "model"
-dataset = "prompts.jsonl"
-eval_dataset = "prompts.jsonl"
-reward = ["rewards.py:larger"]
-num_iterations = 6
-prompts_per_iteration = 8
-max_prompt_length = 8
-max_response_length = 3
-update_epochs = 2
-num_minibatches = 3
-token_budget = 16
-learning_rate = 1e-3
-kl_coef = 0.1
-kl_target = 0.05
-kl_horizon = 100
-eval_interval = 2
-save_interval = 1
-device = "cpu"
-precision = "fp32"
-"""
-REWARD = """
-def larger(completions, answer):
-    return [float(text.split() == [a]) + 0.1 * len(text) for text, a in zip(completions, answer)]
-"""
 # Sends this process a signal at the n-th call of a method, then lets the call go on.
 DRIVER = """
 import os, signal, sys
@@ -58,25 +31,6 @@ sys.exit(main(sys.argv[6:]))
 """
 
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, prompts, a reward and a configuration that names them."""
-    folder = tmp_path_factory.mktemp("template")
-    tiny_model(len(WORDS), seed=0).save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    rows = [{"prompt": f"{a} {b} >", "answer": str(max(a, b))} for a in range(5) for b in range(5)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rewards.py").write_text(REWARD)
-    (folder / "run.toml").write_text(TOML)
-    return folder
-
-
-@pytest.fixture
-def project(template: Path, tmp_path: Path) -> Path:
-    """A copy of the template."""
-    return Path(shutil.copytree(template, tmp_path / "project"))
 
 
 def train(
