@@ -79,8 +79,10 @@ class Meta:
         model: name of the model.
         ceilings: None where they were not measured; then there is no roofline.
         versions: of python, torch, fastppo and so on, by name.
-        costs: of one call of the kernel, operator or range named so; for what cannot be derived
-            from the shapes in the trace. Kernels are matched by the start of their names.
+        costs: of one call of the operator or kernel named so, for what cannot be derived from the
+            shapes in the trace. Kernels are matched by the start of their names.
+        list_dtype: type of the tensors that optimisers get in lists, as the trace names types
+            ("float", "c10::BFloat16"), where it does not say.
         syncs: host syncs of all traced steps.
         memory_snapshot: file name beside meta.json, for https://pytorch.org/memory_viz.
     """
@@ -92,6 +94,7 @@ class Meta:
     ceilings: Ceilings | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
+    list_dtype: str = "float"
     syncs: tuple[Sync, ...] = ()
     memory_snapshot: str | None = None
 

@@ -93,7 +93,8 @@ class Trace:
         events = document.get("traceEvents") if isinstance(document, dict) else document
         if not isinstance(events, list):
             raise ValueError(
-                f"trace: expected an object with a list 'traceEvents', got {type(document).__name__}"
+                "trace: expected an object with a list 'traceEvents', "
+                f"got {type(document).__name__}"
             )
         spans = [_span(event) for event in events if isinstance(event, dict) and _complete(event)]
         return cls(tuple(sorted(spans, key=lambda span: (span.start, -span.duration))))
