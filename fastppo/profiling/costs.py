@@ -177,6 +177,16 @@ def _rows(flops: int) -> _Rule:
     return rule
 
 
+def _scan(flops: int) -> _Rule:
+    """Reads its tensors and writes two as large as the first: fastppo's scans over tokens."""
+
+    def rule(arguments: _Arguments, _: Sequence[Any]) -> Cost:
+        x = arguments[0]
+        return _cost(flops * x.numel, *_present(arguments), written=2 * x.numel * x.item)
+
+    return rule
+
+
 def _gather(arguments: _Arguments, _: Sequence[Any]) -> Cost:
     source, index = arguments[0], arguments[2]
     return _cost(0, index, written=2 * index.numel * source.item)
@@ -225,7 +235,7 @@ def _logits(writes: bool) -> _Rule:
 
 
 def _operators(names: str) -> list[str]:
-    """The operators of these names and those that work in place."""
+    """The operators of these names, and those that work in place."""
     return [f"aten::{name}{end}" for name in names.split() for end in ("", "_")]
 
 
@@ -238,9 +248,13 @@ _POINTWISE = _operators(
 _COMPARISONS = _operators(
     "eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not isnan"
 )
-_REDUCTIONS = _operators(
-    "sum mean max min amax amin argmax argmin logsumexp norm linalg_vector_norm any all nonzero"
-)
+_REDUCTIONS = [
+    f"aten::{name}"
+    for name in (
+        *("sum", "mean", "max", "min", "amax", "amin", "argmax", "argmin", "logsumexp", "norm"),
+        *("linalg_vector_norm", "any", "all", "nonzero"),
+    )
+]
 _FOREACH = _operators(
     "_foreach_add _foreach_sub _foreach_mul _foreach_div _foreach_sqrt _foreach_lerp "
     "_foreach_addcmul _foreach_addcdiv"
@@ -281,4 +295,6 @@ RULES: Mapping[str, _Rule] = {
     "fastppo::token_logprobs_bwd_out": _logits(True),
     "fastppo::token_logprobs_bwd_": _logits(True),
     "fastppo::ppo_rows_": _logits(True),
+    **dict.fromkeys(("fastppo::gae", "fastppo::gae_classic", "fastppo::vtrace"), _scan(12)),
+    "fastppo::value_rows": _rows(20),
 }

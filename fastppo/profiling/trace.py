@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,7 @@ class Trace:
         raw = path.read_bytes()
         try:
             document = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, zlib.error, ValueError) as error:
             raise ValueError(f"{path}: expected a Chrome trace in JSON, got {error}") from error
         return cls.parse(document)
 
