@@ -6,6 +6,7 @@ calls.py, what it costs in costs.py.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -202,7 +203,7 @@ def _kernel(calls: Sequence[Call], everything: float, ceilings: Ceilings | None)
         roofline=floor,
         registers=_integer(longest, "registers per thread"),
         occupancy=_occupancy(calls),
-        blocks_per_sm=longest.get("blocks per SM"),
+        blocks_per_sm=_number(longest, "blocks per SM"),
         grid=_shape(longest, "grid"),
         block=_shape(longest, "block"),
         shared_bytes=_integer(longest, "shared memory"),
@@ -212,14 +213,19 @@ def _kernel(calls: Sequence[Call], everything: float, ceilings: Ceilings | None)
 def _occupancy(calls: Sequence[Call]) -> float | None:
     """Mean over the time of the calls for which the trace has it."""
     key = "est. achieved occupancy %"
-    known = [(call.time_us, float(call.args[key])) for call in calls if key in call.args]
-    time = sum(us for us, _ in known)
-    return sum(us * percent for us, percent in known) / time / 100 if time else None
+    known = [(call.time_us, _number(call.args, key)) for call in calls]
+    time = sum(us for us, percent in known if percent is not None)
+    return sum(us * percent for us, percent in known if percent) / time / 100 if time else None
+
+
+def _number(args: Mapping[str, object], key: str) -> float | None:
+    value = args.get(key)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _integer(args: Mapping[str, object], key: str) -> int | None:
-    value = args.get(key)
-    return int(value) if isinstance(value, (int, float)) else None
+    value = _number(args, key)
+    return None if value is None else int(value)
 
 
 def _shape(args: Mapping[str, object], key: str) -> tuple[int, ...] | None:
