@@ -131,14 +131,16 @@ class _ListReads(TorchFunctionMode):
     """`Tensor.tolist`, which on a CPU is no operator."""
 
     def __init__(self, counter: SyncCounter) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()
         self._counter = counter
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        call = lambda: func(*args, **(kwargs or {}))  # noqa: E731
-        return self._counter.run("tolist", True, call) if func is Tensor.tolist else call()
+        waits = func is Tensor.tolist
+        if not waits:
+            return func(*args, **(kwargs or {}))
+        return self._counter.run("tolist", waits, lambda: func(*args, **(kwargs or {})))
 
 
 def _shape_depends_on_values(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
