@@ -295,6 +295,43 @@ def test_work_is_counted_where_it_is_done() -> None:
     assert flops == {"aten::mul_": None, "aten::mul": 10, "aten::addmm": 60, "aten::copy_": 0}
 
 
+def test_rates_are_those_of_the_calls_whose_cost_is_known() -> None:
+    shapes = {"Input Dims": [[1000], [1000]], "Input type": ["float", "float"]}
+    result = analysed(
+        annotation("update", 0, 100),
+        span("cpu_op", "aten::add", 0, 10, args=shapes),
+        span("cpu_op", "aten::add", 20, 30),  # recorded without shapes
+        ceilings=Ceilings(copy_gb_s=2.0, bf16_tflops=1.0, fp32_tflops=1.0),
+    )
+    (row,) = result.kernels
+    assert (row.calls, row.total_us, row.bytes, row.flops) == (2, 40, 12_000, 1000)
+    assert row.gb_s == pytest.approx(1.2) and row.tflop_s == pytest.approx(1e-4)
+    assert row.roofline == pytest.approx(6 / 10)  # 12 kB at 2000 B a µs
+
+
+def test_only_launches_within_the_steps_count() -> None:
+    calls = ("cudaLaunchKernel", "cudaGraphLaunch", "cudaLaunchHostFunc", "cudaMemcpyAsync")
+    result = analysed(
+        annotation("update", 0, 100),
+        *(
+            span("cuda_runtime", name, 10 * i, 1, args={"correlation": 1 + i})
+            for i, name in enumerate(calls)
+        ),
+        span("cuda_runtime", "cudaLaunchKernel", 200, 1, args={"correlation": 9}),
+        is_cuda=True,
+    )
+    assert result.launches == 2
+    assert (result.idle, result.kernels) == (1.0, ())
+
+
+def test_a_copy_within_the_device_reads_and_writes() -> None:
+    copy = span("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 5, 10, args={"bytes": 1000})
+    ceilings = Ceilings(copy_gb_s=1.0, bf16_tflops=1.0, fp32_tflops=1.0)
+    result = analysed(annotation("update", 0, 100), copy, is_cuda=True, ceilings=ceilings)
+    (row,) = result.kernels
+    assert (row.bytes, row.gb_s, row.roofline) == (2000, 0.2, pytest.approx(0.2))
+
+
 def test_costs_from_outside_the_trace_are_used_first() -> None:
     launch = span("cuda_driver", "cuLaunchKernel", 1, 1, args={"correlation": 1})
     kernel = span("kernel", "gae_fwd_kernel", 5, 10, args={"correlation": 1})
