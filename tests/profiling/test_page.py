@@ -222,6 +222,8 @@ def test_long_profiles_stay_small_and_show_every_phase(tmp_path: Path) -> None:
     assert len([row for row in rows if "hidden" not in row]) == 30
     assert {row["data-phase"] for row in rows} == {f"phase {i}" for i in range(7)} | {"rare"}
     assert len(page.dots()) == 150
+    names = [a for _, a in page.elements if a.get("class", "").startswith("dot-name")]
+    assert len(names) == 1  # the others would stand on it
 
 
 def test_a_page_is_replaced_whole(tmp_path: Path) -> None:
