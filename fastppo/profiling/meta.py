@@ -57,7 +57,7 @@ class Sync:
         api: what waited, such as "aten::_local_scalar_dense".
         file, line, function: where, of the program and not of torch.
         phase: the innermost phase around it.
-        count: how often in all traced steps.
+        count: how often in one step.
     """
 
     api: str
@@ -83,7 +83,7 @@ class Meta:
             shapes in the trace. Kernels are matched by the start of their names.
         list_dtype: type of the tensors that optimisers get in lists, as the trace names types
             ("float", "c10::BFloat16"), where it does not say.
-        syncs: host syncs of all traced steps.
+        syncs: host syncs of one step, which is not a traced one: counting takes time.
         memory_snapshot: file name beside meta.json, for https://pytorch.org/memory_viz.
     """
 

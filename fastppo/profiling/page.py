@@ -81,8 +81,8 @@ def _figures(analysis: Analysis) -> str:
         items.append(("Operators", format_count(calls / steps), "calls a step"))
     where = len(analysis.syncs)
     lines = f"a step, from {where} line{'s' * (where != 1)}" if where else "a step"
-    syncs = sum(sync.count for sync in analysis.syncs) / steps
-    items.append(("Host syncs", format_count(syncs), lines))
+    syncs = sum(sync.count for sync in analysis.syncs)
+    items.append(("Host syncs", f"{syncs:,}", lines))
     limited = [(k.roofline, k.share) for k in analysis.kernels if k.roofline is not None]
     known = sum(share for _, share in limited)
     if meta.ceilings is not None and known:
@@ -189,7 +189,7 @@ def _syncs(analysis: Analysis) -> str:
         rows = "".join(
             f"<tr><td><div>{text(f'{sync.file}:{sync.line}')}</div>"
             f'<span class="quiet">{text(sync.function)}</span></td><td>{text(sync.phase)}</td>'
-            f"<td>{text(sync.api)}</td><td>{format_count(sync.count / analysis.steps)}</td></tr>"
+            f"<td>{text(sync.api)}</td><td>{sync.count:,}</td></tr>"
             for sync in analysis.syncs
         )
         head = "<th>line</th><th>phase</th><th>what</th><th>a step</th>"

@@ -55,10 +55,12 @@ def roofline_section(
     largest = max(kernel.share for kernel in drawn)
     dots = "".join(_dot(kernel, axes, largest, colors) for kernel in drawn)
     share = percent(sum(kernel.share for kernel in drawn))
+    beyond = any((kernel.roofline or 0.0) > 1 for kernel in drawn)
     note = (
         f"A dot is {what} in one phase, its area its time. On the line it runs as fast as this "
         "device can; left of the bend memory is the limit, right of it arithmetic. The dots are "
         f"{share} of the time; copies and what has no known cost are not among them."
+        f"{' Above the line the data came out of a cache.' if beyond else ''}"
     )
     names, ticks = _names(drawn, axes, largest), _ticks(axes)
     return (

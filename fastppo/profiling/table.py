@@ -40,7 +40,7 @@ def summary(analysis: Analysis) -> str:
         parts.append(f"GPU idle {percent(analysis.idle)}")
     if analysis.launches is not None:
         parts.append(f"{format_count(analysis.launches / steps)} launches")
-    parts.append(f"{format_count(sum(sync.count for sync in analysis.syncs) / steps)} host syncs")
+    parts.append(f"{sum(sync.count for sync in analysis.syncs):,} host syncs")
     name = f"{analysis.meta.device}, {steps} step{'s' * (steps != 1)}"
     return f"{name}: " + ", ".join(parts)
 
@@ -127,6 +127,6 @@ def _syncs(analysis: Analysis) -> Table:
             _safe(f"{sync.file}:{sync.line} {sync.function}"),
             _safe(sync.phase),
             _safe(sync.api),
-            format_count(sync.count / analysis.steps),
+            f"{sync.count:,}",
         )
     return table

@@ -32,20 +32,18 @@ from fastppo.rollout.transformers import TransformersEngine
 from fastppo.step import PPOStep
 
 HERE = Path(__file__).parent
+TOKENIZER = word_tokenizer()
 SAMPLING = Sampling(max_new_tokens=1, eos_token_ids=(0,), pad_token_id=0, seed=0)
 
 
 def iterate(step: PPOStep, engine: TransformersEngine, timer: PhaseTimer) -> None:
     """What PPOTrainer does in an iteration."""
-    rows = [f"{a} {9 - a} >" for a in range(2)]
-    tokenizer = word_tokenizer()
-    prompts = [np.array(tokenizer(row)["input_ids"]) for row in rows]
+    prompts = [np.array(TOKENIZER(row)["input_ids"]) for row in ("0 9 >", "1 8 >")]
     with timer("rollout"):
         rollouts = engine.generate(prompts, SAMPLING)
     with timer("reward"):
-        texts = [tokenizer.decode(response) for response in rollouts.responses]
-        answers = [str(max(a, 9 - a)) for a in range(2)]
-        scores = torch.tensor(larger_digit(completions=texts, answer=answers))
+        texts = [TOKENIZER.decode(response) for response in rollouts.responses]
+        scores = torch.tensor(larger_digit(completions=texts, answer=["9", "8"]))
     with timer("pack"):
         batch = PackedBatch.pack(prompts, rollouts.responses, truncated=rollouts.truncated)
     with timer("evaluate"):
@@ -98,7 +96,7 @@ def main() -> None:
     step = PPOStep(model, config)
     engine = TransformersEngine(step.policy)
     with tempfile.TemporaryDirectory() as folder:
-        records = [record(step, engine, Path(folder)) for _ in range(12)]
+        records = [record(step, engine, Path(folder)) for _ in range(40)]
     wall_us, trace = min(records, key=lambda record: record[0])  # disturbed least by other work
     for key in ("host_name", "traceName"):
         trace.pop(key, None)

@@ -91,7 +91,7 @@ def test_what_a_gpu_did(tmp_path: Path) -> None:
         "A step 1.00 ms mean of 2",  # 2010 / 2 µs
         "GPU idle 72 %",
         "Launches 4.50 a step",  # 9 / 2
-        "Host syncs 3 a step, from 2 lines",
+        "Host syncs 6 a step, from 2 lines",
         # weighted by time: (0.800·256 + 0.390·110 + 0.25·60 + 0.2625·40 + 0.537·40 + 0.157·40 +
         # 0.25·2) / 548, which are 91 % of 600 µs
         "Of the roofline 55 % over 91 % of kernels' time",

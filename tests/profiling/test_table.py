@@ -35,13 +35,13 @@ def printed(analysis: Analysis, top: int = 20) -> list[str]:
 def test_the_terminal_shows_everything(analysis: Analysis) -> None:
     lines = printed(analysis)
     assert lines[0] == (
-        "NVIDIA H200, 2 steps: 1.00 ms a step, GPU idle 72 %, 4.50 launches, 3 host syncs"
+        "NVIDIA H200, 2 steps: 1.00 ms a step, GPU idle 72 %, 4.50 launches, 6 host syncs"
     )
     for line in (
         "rollout 200 µs 20 % 28 %",
         "token_logprobs_bwd_kernel update 1 256 µs 43 % 819 MB 3.07 G 3,200 12.0 80 % 40 75 %",
         "splitKreduce_kernel rollout 1 10.0 µs 1.7 % – – – – – 32 100 %",
-        "rewards.py:8 score rollout aten::_local_scalar_dense 2",
+        "rewards.py:8 score rollout aten::_local_scalar_dense 4",
         "cudaDeviceSynchronize in update: the host waits 12.5 µs a step",
     ):
         assert line in lines, line
