@@ -1,25 +1,15 @@
-"""The command line: `fastppo train | replay | export | demo | doctor | profile`.
-
-`train` reads one TOML file and overrides its values by flags: both go through the same parser, so
-a value means the same and is checked the same wherever it stands.
-"""
+"""The command line: `fastppo train | replay | export | demo | doctor | profile`."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastppo.config import TrainConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fastppo.options import at_most_one, parse_config, take
 
 _USAGE = """usage: fastppo COMMAND [options]
 
@@ -28,12 +18,11 @@ _USAGE = """usage: fastppo COMMAND [options]
   export   a checkpoint as a model            fastppo export RUN/checkpoints/NAME FOLDER
   demo     watch a tiny model learn, in 15 s  fastppo demo
   doctor   check this machine and a model     fastppo doctor --model MODEL
-  profile  what the kernels compile to        fastppo profile --aot
+  profile  where the time of a step goes      fastppo profile --config examples/arithmetic.toml
 
 fastppo COMMAND --help lists the options of a command."""
 
 _INTERRUPTED = 130  # the status of a program that Ctrl-C ended: 128 + SIGINT
-_PATHS = ("model", "dataset", "eval_dataset", "reward", "ref_model", "value_model")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,57 +74,6 @@ def _refused(command: str, error: BaseException) -> int:
     return 2
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file; paths that exist beside the file are made absolute.
-
-    Raises:
-        ValueError: not TOML, or a key that no option has, with the nearest one.
-    """
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"--config: expected a TOML file, got {str(path)!r}, which does not exist"
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from error
-    known = [field.name for field in dataclasses.fields(TrainConfig)]
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "fastppo train --help lists them"
-            raise ValueError(f"{path}: unknown key {key!r}; {hint}")
-    for key in filter(settings.__contains__, _PATHS):
-        value = settings[key]
-        many = isinstance(value, list)
-        found = [_beside(path.parent, str(v)) for v in (value if many else [value])]
-        settings[key] = found if many else found[0]
-    return settings
-
-
-def _beside(folder: Path, value: str) -> str:
-    """`value` made absolute where it names a file beside the configuration."""
-    for mark in (":", "#"):
-        name, separator, rest = value.partition(mark)
-        if name and (folder / name).exists():
-            return f"{(folder / name).resolve()}{separator}{rest}"
-    return value
-
-
-def as_flags(settings: dict[str, Any]) -> list[str]:
-    """TOML settings as the flags that say the same."""
-    flags: list[str] = []
-    for key, value in settings.items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags += [f"--{name}", str(value)]
-    return flags
-
-
 class Invocation(NamedTuple):
     """What `fastppo train` takes besides the configuration of a run."""
 
@@ -144,51 +82,22 @@ class Invocation(NamedTuple):
     allow_changes: tuple[str, ...]
 
 
-def _take(args: list[str], flag: str) -> list[str] | None:
-    """Remove `flag` and the values after it from `args`; None where it is not there."""
-    for index, arg in enumerate(args):
-        if arg == flag:
-            end = next((i for i in range(index + 1, len(args)) if args[i][:2] == "--"), len(args))
-            values = args[index + 1 : end]
-        elif arg.startswith(f"{flag}="):
-            values, end = [arg.partition("=")[2]], index + 1
-        else:
-            continue
-        del args[index:end]
-        return values
-    return None
-
-
-def _at_most_one(flag: str, values: list[str]) -> str | None:
-    if len(values) > 1:
-        raise ValueError(f"{flag}: expected one value, got {' '.join(values)}")
-    return values[0] if values else None
-
-
 def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Invocation]:
     """The configuration of `fastppo train`, and what to do with it."""
-    import tyro
-
     args = list(argv)
-    dry_run = _take(args, "--dry-run") is not None
+    dry_run = take(args, "--dry-run") is not None
     resume: bool | str = False
-    if (values := _take(args, "--resume")) is not None:
-        resume = _at_most_one("--resume", values) or True
-    allowed = _take(args, "--allow-changes") or []
-    settings: dict[str, Any] = {}
-    if (values := _take(args, "--config")) is not None:
-        settings = read_toml(Path(_at_most_one("--config", values) or ""))
-    given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in args if arg[:2] == "--"}
-    given |= {name.removeprefix("no_") for name in given}
-    kept = {key: value for key, value in settings.items() if key not in given}
-    config = tyro.cli(
+    if (values := take(args, "--resume")) is not None:
+        resume = at_most_one("--resume", values) or True
+    allowed = take(args, "--allow-changes") or []
+    config = parse_config(
         TrainConfig,
+        args,
         prog=(
             "fastppo train [--config FILE.toml] [--dry-run] [--resume [RUN | CHECKPOINT]] "
             "[--allow-changes OPTION ...]"
         ),
         description="Train a language model with PPO. Flags override the file.",
-        args=[*as_flags(kept), *args],
     )
     changes = tuple(name.replace("-", "_") for name in allowed)
     return config, Invocation(dry_run, resume, changes)
@@ -279,12 +188,40 @@ def _doctor(argv: Sequence[str]) -> int:
 def _profile(argv: Sequence[str]) -> int:
     import tyro
 
-    from fastppo.profile import profile
+    from fastppo.profile import ProfileConfig, print_aot, profile, profile_op
 
     try:
-        tyro.cli(profile, prog="fastppo profile", args=list(argv))
-    except (ValueError, ImportError) as error:
+        if argv[:1] == ["op"]:
+            tyro.cli(profile_op, prog="fastppo profile op", args=argv[1:])
+            return 0
+        if any(arg.partition("=")[0] in ("--aot", "--target") for arg in argv):
+            tyro.cli(print_aot, prog="fastppo profile", args=argv)
+            return 0
+        config = parse_config(
+            ProfileConfig,
+            list(argv),
+            prog="fastppo profile [op NAME | --aot] [--config FILE.toml]",
+            description=(
+                "Trace iterations of a run, whose options are those of fastppo train: phases, "
+                "kernels, host syncs. `fastppo profile op NAME` does it for one op, `fastppo "
+                "profile --aot` prints what the kernels compile to; both have a --help."
+            ),
+            ignored="output_dir",
+        )
+    except (ValueError, TypeError, ImportError, OSError) as error:
         return _refused("profile", error)
+    from fastppo.interrupts import Interrupted
+    from fastppo.rewards import RewardError
+    from fastppo.step import NonFiniteError
+
+    _quiet()
+    try:
+        profile(config)
+    except (ValueError, TypeError, ImportError, OSError, RewardError, NonFiniteError) as error:
+        return _refused("profile", error)
+    except Interrupted as interrupted:
+        print("fastppo profile: interrupted", file=sys.stderr)
+        return 128 + interrupted.signum
     return 0
 
 

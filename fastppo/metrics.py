@@ -18,7 +18,7 @@ import numbers
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Protocol
@@ -210,22 +210,27 @@ class PhaseTimer:
     """Wall seconds per phase of an iteration: `with timer("rollout"): ...`.
 
     A phase opened inside another one suspends it, so that the phases never count a second twice and
-    add up to the iteration. Each phase is also a `torch.profiler.record_function` range of the same
-    name.
+    add up to the iteration.
 
     Args:
         synchronize: wait for the GPU at both ends of each phase, so that kernels are charged to the
             phase that launched them. Costs a stall per phase; off, a phase is charged with what it
             waits for.
         clock: seconds, never going back.
+        mark: makes what is open around each phase, given its name; by default a
+            `torch.profiler.record_function` range.
     """
 
     def __init__(
-        self, *, synchronize: bool = False, clock: Callable[[], float] = time.perf_counter
+        self,
+        *,
+        synchronize: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+        mark: Callable[[str], AbstractContextManager[Any]] | None = None,
     ) -> None:
         import torch
 
-        self._range = torch.profiler.record_function
+        self._mark_phase = mark or torch.profiler.record_function
         self._sync = torch.cuda.synchronize if synchronize and torch.cuda.is_available() else None
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
@@ -239,7 +244,7 @@ class PhaseTimer:
         self._open.append(phase)
         self._seconds.setdefault(phase, 0.0)
         try:
-            with self._range(phase):
+            with self._mark_phase(phase):
                 yield
         finally:
             self._charge()

@@ -11,6 +11,7 @@ The copying and planning is C++ (csrc/) with the GIL released. Nothing here pads
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -213,6 +214,19 @@ class PackedBatch:
         """(B,) int32 on the host, response tokens of each sequence."""
         return np.diff(self.cu_responses_host)
 
+    @functools.cached_property
+    def valid_lengths(self) -> Int32s:
+        """(B,) int32 on the host, response tokens of each sequence that `loss_mask` lets count.
+
+        Reading the mask makes the host wait for a GPU, once: batches that `select` takes from this
+        one know theirs.
+        """
+        if self.loss_mask is None:
+            return self.response_lengths
+        before = np.zeros(self.num_responses + 1, np.int64)
+        np.cumsum(self.loss_mask.cpu().numpy(), out=before[1:])
+        return np.diff(before[self.cu_responses_host]).astype(np.int32)
+
     @property
     def last_rows(self) -> Tensor:
         """(B,) int32 index into the T tokens of the last token of each sequence."""
@@ -265,13 +279,16 @@ class PackedBatch:
             fields[name] = None if x is None else x.index_select(0, on_device[source])
         for name in ("position_ids", "cu_seqlens", "rows", "cu_responses"):
             fields[name] = on_device[name]
-        return self.replace(
+        selected = self.replace(
             **fields,
             cu_seqlens_host=_read_only(layout["cu_seqlens"]),
             cu_responses_host=_read_only(layout["cu_responses"]),
             max_seqlen=int(np.diff(layout["cu_seqlens"]).max(initial=0)),
             arena=None,
         )
+        if "valid_lengths" in vars(self):
+            vars(selected)["valid_lengths"] = self.valid_lengths[chosen]
+        return selected
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on another device: one copy for all fields still in the arena."""

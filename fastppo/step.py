@@ -6,8 +6,9 @@
     metrics = step.update(batch)              # epochs × minibatches × micro-batches
 
 Shapes: B sequences, T packed tokens, N response tokens, H hidden size (see packing.PackedBatch).
-No metric is read back inside the minibatch loop: all of them come in one copy per update, and one
-per epoch where `target_kl` is set.
+Nothing is read back inside the minibatch loop: all metrics come in one copy per update, and one
+per epoch where `target_kl` is set. `advantages` reads the loss mask, once, so that no micro-batch
+has to ask how many of its rows count.
 
 Faults: a pass that runs out of memory is repeated with half the token budget, which does not change
 the gradient; a step whose loss or gradient is not finite changes nothing. An update that a signal
@@ -180,10 +181,12 @@ class PPOStep:
         """
         _need(batch, "old_logprobs", "step.evaluate")
         with record_function("fastppo::advantages"):
-            return retried(
+            batch = retried(
                 lambda: add_advantages(batch, scores, group_ids, self.config, self.kl_coef),
                 self.device,
             )
+            _ = batch.valid_lengths  # read here, once, it need not be in the update
+            return batch
 
     # Update
 
@@ -239,7 +242,7 @@ class PPOStep:
     def _train(self, batch: PackedBatch, progress: UpdateProgress) -> None:
         """What is left of the update, one optimiser step at a time."""
         config = self.config
-        self._nonfinite = torch.tensor(float(self.nonfinite_in_a_row), device=self.device)
+        self._nonfinite = torch.full((), float(self.nonfinite_in_a_row), device=self.device)
         for step in progress.steps:
             self._nonfinite = (self._nonfinite + 1) * step.skipped
         while progress.epoch < config.update_epochs:
@@ -357,14 +360,18 @@ class PPOStep:
         elif aggregation == "constant":
             total = batch.num_sequences * self.config.max_response_length
         weights = ops.loss_weights(batch.cu_responses, mask, aggregation=aggregation, total=total)
-        batch = batch.replace(weights=weights)
+        live, batch = batch.valid_lengths, batch.replace(weights=weights)
         bins = batch.bins(self.token_budget)
-        parts = [self._backward(batch.select(b), train_actor) for b in bins]
+        parts = [self._backward(batch.select(b), train_actor, int(live[b].sum())) for b in bins]
         policy = ops.combine_ppo_metrics([part[0] for part in parts])
         return policy, torch.stack([part[1] for part in parts]).sum()
 
-    def _backward(self, batch: PackedBatch, train_actor: bool) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one micro-batch whose weights are already normalised."""
+    def _backward(
+        self, batch: PackedBatch, train_actor: bool, num_live: int
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch whose weights are already normalised; `num_live`
+        of them are not 0.
+        """
         interrupts.check()
         config, policy = self.config, self.policy
         weights = _need(batch, "weights", "ops.loss_weights")
@@ -384,6 +391,7 @@ class PPOStep:
                     bias=policy.head.bias,
                     temperature=config.temperature,
                     cu_seqlens=batch.cu_responses,
+                    num_live=num_live,
                 )
             loss = actor.loss
             value_loss = torch.zeros((), device=batch.device)

@@ -1,6 +1,6 @@
 """PPOTrainer: generate → score → pack → evaluate → advantages → update, until done.
 
-The loop is `_iterate`, top to bottom. Everything it needs is an object with one job: an `Engine`
+The loop is `iterate`, top to bottom. Everything it needs is an object with one job: an `Engine`
 that samples, `Rewards` that score, a `PPOStep` that learns, a `MetricsWriter` that records, a
 `CheckpointStore` that keeps what it takes to go on after a crash.
 """
@@ -206,7 +206,7 @@ class PPOTrainer:
         while self.run.iterations < args.num_iterations:
             self.store.check()
             try:
-                row, samples = self._iterate(self.run.iterations + 1, timer)
+                row, samples = self.iterate(self.run.iterations + 1, timer)
             except NonFiniteError as error:
                 recovery.roll_back(self, error)
                 continue
@@ -233,10 +233,20 @@ class PPOTrainer:
         display.finish(summary)
         return summary
 
-    def _iterate(
+    def iterate(
         self, iteration: int, timer: PhaseTimer
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """One round of PPO; `iteration` counts from 1. What `current` has already is not redone."""
+        """One round of PPO, which writes nothing; `train` calls it, and so may a profiler.
+
+        What `current` has already is not redone. Rewards must have been entered.
+
+        Args:
+            iteration: counts from 1.
+            timer: times the phases.
+
+        Returns:
+            The metrics, and the samples for a person to read.
+        """
         args, data, step, current = self.args, self.train_data, self.step, self.current
         timer.take()
         drawn = batch_indices(len(data), args.prompts_per_iteration, args.seed, iteration - 1)

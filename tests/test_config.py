@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fastppo.cli import as_flags, main, parse_train, read_toml
+from fastppo.cli import main, parse_train
 from fastppo.config import PPOConfig, TrainConfig
+from fastppo.options import as_flags, read_toml
 
 MINIMAL = {"model": "m", "dataset": "d.jsonl", "reward": ("r.py:f",)}
 

@@ -6,6 +6,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -229,3 +231,18 @@ def test_a_profiler_sees_the_phases() -> None:
     with torch.profiler.profile(activities=activities) as profiler, timer("advantages"):
         torch.ones(2).sum()
     assert "advantages" in {event.key for event in profiler.key_averages()}
+
+
+def test_phases_may_be_marked_otherwise() -> None:
+    marked: list[str] = []
+
+    @contextmanager
+    def mark(phase: str) -> Iterator[None]:
+        marked.append(f"open {phase}")
+        yield
+        marked.append(f"close {phase}")
+
+    timer = PhaseTimer(mark=mark)
+    with timer("update"), timer("pack"):
+        marked.append("work")
+    assert marked == ["open update", "open pack", "work", "close pack", "close update"]

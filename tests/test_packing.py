@@ -105,6 +105,20 @@ def test_select_keeps_missing_fields_missing_and_gradients() -> None:
 
 
 @given(PAIRS)
+def test_valid_lengths_count_the_mask_and_follow_a_selection(
+    pairs: list[tuple[list[int], list[int]]],
+) -> None:
+    batch = full_batch(pairs)
+    expected = [sum(t % 2 == 0 for t in response) for _, response in pairs]
+    order = np.arange(len(pairs))[::-1]
+    before = batch.select(order).valid_lengths  # reads its own mask
+    assert batch.valid_lengths.tolist() == expected
+    for lengths in (before, batch.select(order).valid_lengths):  # the second is handed on
+        assert lengths.dtype == np.int32 and lengths.tolist() == expected[::-1]
+    assert batch.replace(loss_mask=None).valid_lengths.tolist() == [len(r) for _, r in pairs]
+
+
+@given(PAIRS)
 def test_bins_cover_the_batch_and_select_takes_them(
     pairs: list[tuple[list[int], list[int]]],
 ) -> None:

@@ -19,7 +19,7 @@ import pytest
 from fastppo.config import TrainConfig
 from fastppo.demo import demo
 from fastppo.doctor import doctor
-from fastppo.profile import profile
+from fastppo.profile import ProfileConfig, print_aot, profile_op
 from fastppo.replay import export, replay
 
 if sys.version_info >= (3, 11):
@@ -52,24 +52,26 @@ def commands(program: str) -> list[list[str]]:
 
 def flags_of(command: str) -> set[str]:
     """Every flag that a sub-command takes."""
-    signatures: dict[str, Callable[..., object]] = {
-        "demo": demo,
-        "doctor": doctor,
-        "profile": profile,
-        "replay": replay,
-        "export": export,
+    signatures: dict[str, list[Callable[..., object]]] = {
+        "demo": [demo],
+        "doctor": [doctor],
+        "profile": [print_aot, profile_op],
+        "replay": [replay],
+        "export": [export],
     }
-    if command in signatures:
-        names = {*inspect.signature(signatures[command]).parameters}
-        return {f"--{name.replace('_', '-')}" for name in names} | {"--help"}
-    fields = dataclasses.fields(TrainConfig)
+    own = {
+        f
+        for function in signatures.get(command, ())
+        for f in inspect.signature(function).parameters
+    }
+    flags = {f"--{name.replace('_', '-')}" for name in own} | {"--help"}
+    if command not in ("train", "profile"):
+        return flags
+    fields = dataclasses.fields(ProfileConfig if command == "profile" else TrainConfig)
     names = {field.name.replace("_", "-") for field in fields}
     switches = {f"--no-{f.name.replace('_', '-')}" for f in fields if isinstance(f.default, bool)}
-    return (
-        {f"--{name}" for name in names}
-        | switches
-        | {*("--config", "--dry-run", "--resume", "--allow-changes", "--help")}
-    )
+    others = {"--dry-run", "--resume", "--allow-changes"} if command == "train" else set()
+    return flags | {f"--{name}" for name in names} | switches | others | {"--config"}
 
 
 def given_flags(words: list[str]) -> set[str]:

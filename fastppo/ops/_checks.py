@@ -78,6 +78,34 @@ def check_temperature(temperature: float | Tensor, like: Tensor) -> None:
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
 
 
+def check_total(total: float | Tensor) -> None:
+    """Raise unless total is a number >= 0 or a () tensor of one."""
+    if isinstance(total, Tensor):
+        if total.dim() != 0:
+            raise ValueError(
+                f"total: expected a number or a () tensor, got shape {tuple(total.shape)}"
+            )
+        if not may_read_values(total):
+            return
+    if not float(total) >= 0:
+        raise ValueError(f"total: expected a count >= 0, got {float(total)}")
+
+
+def check_num_live(num_live: int, weights: Tensor) -> None:
+    """Raise unless so many of the weights (N,) are not 0."""
+    if not 0 <= num_live <= weights.shape[0]:
+        raise ValueError(f"num_live: expected a number in [0, {weights.shape[0]}], got {num_live}")
+    if may_read_values(weights) and num_live != (count := int(weights.count_nonzero())):
+        raise ValueError(
+            f"num_live: expected {count}, the number of weights that are not 0, got {num_live}"
+        )
+
+
+def is_one(x: Tensor) -> bool:
+    """Whether a () tensor is 1, where looking costs no device sync; else False."""
+    return may_read_values(x) and x.item() == 1.0
+
+
 def check_softcap(softcap: float | None) -> None:
     """Raise unless softcap is None or a positive number."""
     if softcap is not None and not softcap > 0:

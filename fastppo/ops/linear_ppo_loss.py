@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo.ops._checks import check_targets
+from fastppo.ops._checks import check_num_live, check_targets, is_one
 from fastppo.ops._head import (
     Head,
     HeadGradients,
@@ -150,7 +150,7 @@ class _LinearPPOLoss(torch.autograd.Function):
                 "pass and handed out once. Call linear_ppo_loss again"
             )
         grads, ctx.grads = ctx.grads, None
-        if grad.device.type != "cpu" or grad.item() != 1.0:
+        if not is_one(grad):
             for g in grads:
                 if g is not None:
                     g.mul_(grad)
@@ -158,6 +158,14 @@ class _LinearPPOLoss(torch.autograd.Function):
 
 
 _apply: Callable[..., tuple[Tensor, Tensor]] = _LinearPPOLoss.apply
+
+
+def _live_rows(weights: Tensor, num_live: int | None) -> Tensor:
+    """Where the weights (N,) are not 0: (num_live,) int64."""
+    if num_live is None:
+        return weights.nonzero().squeeze(1)
+    check_num_live(num_live, weights)
+    return torch.nonzero_static(weights, size=num_live).squeeze(1)
 
 
 def linear_ppo_loss(
@@ -176,6 +184,7 @@ def linear_ppo_loss(
     softcap: float | None = None,
     chunk_bytes: int | None = None,
     cu_seqlens: Tensor | None = None,
+    num_live: int | None = None,
 ) -> PPOLoss:
     """`ppo_loss` of the head's log-probabilities and entropies, with gradients for the head's
     inputs.
@@ -184,7 +193,8 @@ def linear_ppo_loss(
         hidden, weight, targets, bias, temperature, softcap, chunk_bytes: as in `linear_logprobs`.
         old_logprobs, advantages, weights, config, ref_logprobs, rollout_logprobs, cu_seqlens: as in
             `ppo_loss`. Rows of weight 0 are dropped first (hidden may be NaN there, targets out of
-            range); finding them costs one host sync on a GPU.
+            range).
+        num_live: how many weights are not 0; None: counting them costs one host sync on a GPU.
 
     Returns:
         PPOLoss(loss, metrics). Gradients are computed together with the loss, unless nothing
@@ -198,7 +208,7 @@ def linear_ppo_loss(
     inputs = PPOInputs(old_logprobs, advantages, weights, ref_logprobs, rollout_logprobs)
     check_ppo_inputs(targets, inputs, config, cu_seqlens)
     inputs = inputs.detach()
-    live = inputs.weights.nonzero().squeeze(1)
+    live = _live_rows(inputs.weights, num_live)
     all_inputs, num_rows = inputs, targets.shape[0]
     if live.shape[0] < num_rows:
         hidden, targets = hidden.index_select(0, live), targets[live]

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastppo.ops._checks import check_choice, check_cu_seqlens, check_tensor, may_read_values
+from fastppo.ops._checks import check_choice, check_cu_seqlens, check_tensor, check_total
 from fastppo.ops._segments import segment_ids, segment_sum
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"]
@@ -84,9 +84,5 @@ def loss_weights(
     check_tensor("mask", mask, ("N",), (torch.bool,))
     check_cu_seqlens(cu_seqlens, mask.shape[0], mask.device)
     check_choice("aggregation", aggregation, AGGREGATIONS)
-    if isinstance(total, Tensor) and total.dim() != 0:
-        raise ValueError(f"total: expected a number or a () tensor, got shape {tuple(total.shape)}")
-    readable = not isinstance(total, Tensor) or may_read_values(total)
-    if readable and not float(total) >= 0:
-        raise ValueError(f"total: expected a count >= 0, got {float(total)}")
+    check_total(total)
     return _implementation(mask.device)(cu_seqlens, mask, aggregation, total)

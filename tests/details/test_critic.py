@@ -37,7 +37,7 @@ def test_04_eos_trick(
         lambda completions: [1.0] * len(completions), kl_coef=0.0, num_iterations=1, **options
     )
     generated, trained = spy(trainer.engine, "generate"), spy(trainer.step, "update")
-    rows = spy(trainer, "_iterate")
+    rows = spy(trainer, "iterate")
     trainer.train()
     rollouts, ((batch,), _), (row, _) = generated[0][1], trained[0], rows[0][1]
     ended = np.array([1 in ids for ids in rollouts.responses])  # 1 is the end token

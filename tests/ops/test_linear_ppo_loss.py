@@ -124,6 +124,20 @@ def test_dropped_rows_may_hold_anything(option, rng):
     assert (dirty[1][masked] == 0).all()
 
 
+@pytest.mark.parametrize("option", ["everything", "sequence"])
+def test_a_known_number_of_live_rows_changes_nothing(option, rng):
+    config = PPOLossConfig(**OPTIONS[option])
+    leaves, targets, rows = draw(rng)
+    live = int((rows["weights"] != 0).sum())
+    counted = run(linear_ppo_loss, leaves, targets, rows, config)
+    known = run(linear_ppo_loss, leaves, targets, rows, config, num_live=live)
+    for a, b in zip(known, counted, strict=True):
+        assert torch.equal(a, b)
+    for wrong in (live - 1, live + 1, -1, N + 1):
+        with pytest.raises(ValueError, match="num_live: expected"):
+            run(linear_ppo_loss, leaves, targets, rows, config, num_live=wrong)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("n", [0, 5])
 def test_nothing_valid(option, n, rng):

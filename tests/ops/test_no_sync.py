@@ -40,3 +40,15 @@ def test_advantages_and_losses_without_host_syncs(request):
     logprobs.requires_grad_()
     ops.value_loss(values, old, rewards, weights).loss.backward()
     ops.ppo_loss(logprobs, old, advantages, weights, config, ref_logprobs=old).loss.backward()
+
+
+def test_the_loss_from_hidden_states_without_host_syncs(request):
+    device, n = torch.device("cuda"), 300
+    hidden = torch.randn(n, 64, device=device, requires_grad=True)
+    weight = torch.randn(1003, 64, device=device, requires_grad=True)
+    targets = torch.randint(1003, (n,), device=device)
+    old, advantages = torch.randn(2, n, device=device)
+    weights = (torch.arange(n, device=device) < 200) / 200.0
+    request.getfixturevalue("no_sync")
+    arguments = (hidden, weight, targets, old, advantages, weights, ops.PPOLossConfig())
+    ops.linear_ppo_loss(*arguments, num_live=200).loss.backward()
