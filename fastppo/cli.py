@@ -122,6 +122,7 @@ def _train(argv: Sequence[str]) -> int:
         )
     except (ValueError, TypeError, ImportError, OSError, CheckpointError) as error:
         return _refused("train", error)
+    from fastppo.device import is_out_of_memory
     from fastppo.interrupts import Interrupted
     from fastppo.rewards import RewardError
     from fastppo.step import NonFiniteError
@@ -130,6 +131,17 @@ def _train(argv: Sequence[str]) -> int:
         trainer.train()
     except (RewardError, NonFiniteError, CheckpointError, OSError) as error:
         return _refused("train", error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _refused(
+            "train",
+            ValueError(
+                f"out of memory, with the smallest pass that was possible: {error}. Shorten "
+                "max_response_length, set train_layers or lora_rank, or free the device; --resume "
+                "goes on from the last checkpoint"
+            ),
+        )
     except Interrupted as interrupted:
         print(f"fastppo train: interrupted; the run is in {trainer.run_dir}", file=sys.stderr)
         return 128 + interrupted.signum

@@ -361,6 +361,9 @@ class PPOStep:
             total = batch.num_sequences * self.config.max_response_length
         weights = ops.loss_weights(batch.cu_responses, mask, aggregation=aggregation, total=total)
         live, batch = batch.valid_lengths, batch.replace(weights=weights)
+        counted = np.flatnonzero(live)
+        if 0 < len(counted) < batch.num_sequences:  # the others would be run for nothing
+            live, batch = live[counted], batch.select(counted)
         bins = batch.bins(self.token_budget)
         parts = [self._backward(batch.select(b), train_actor, int(live[b].sum())) for b in bins]
         policy = ops.combine_ppo_metrics([part[0] for part in parts])

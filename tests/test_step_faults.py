@@ -147,6 +147,23 @@ def test_a_sequence_with_a_bad_number_is_left_out(name: str, value: float) -> No
     assert same(*results)
 
 
+def test_a_sequence_whose_forward_is_always_nan_stops_nothing() -> None:
+    """It is left out of the forward pass of the update too."""
+    step = make_step()
+    batch = make_batch()
+    first = int(batch.cu_seqlens_host[3])
+    batch = batch.replace(input_ids=batch.input_ids.clone())
+    batch.input_ids[batch.input_ids == 31] = 30
+    batch.input_ids[first] = 31
+    with torch.no_grad():
+        step.policy.model.get_input_embeddings().weight[31] = torch.nan
+    batch = step.evaluate(batch)
+    assert batch.old_logprobs.isnan().any()
+    metrics = step.update(step.advantages(batch, scores(batch)))
+    assert metrics["dropped"] == pytest.approx(1 / 12) and metrics["nonfinite_steps"] == 0
+    assert metrics["actor_grad_norm"] > 0
+
+
 def test_a_batch_without_scores_changes_nothing() -> None:
     """Adam's momentum would move the parameters even with a gradient of 0."""
     step = make_step()
