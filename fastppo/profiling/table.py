@@ -20,7 +20,7 @@ def print_table(analysis: Analysis, console: Console, top: int = 20) -> None:
     """Print a summary, the phases, the `top` kernels, the host syncs and what waited."""
     console.print(_safe(summary(analysis)))
     console.print(_phases(analysis))
-    console.print(_kernels(analysis, top))
+    console.print(_kernels(analysis, top, console.width))
     rest = analysis.kernels[top:]
     if rest:
         share = percent(sum(kernel.share for kernel in rest))
@@ -78,7 +78,12 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         first = index == 0
-        table.add_column(column, justify="left" if first else "right", no_wrap=not first)
+        table.add_column(
+            column,
+            justify="left" if first else "right",
+            no_wrap=not first,
+            min_width=8 if first else None,
+        )
     return table
 
 
@@ -95,11 +100,13 @@ def _phases(analysis: Analysis) -> Table:
     return table
 
 
-def _kernels(analysis: Analysis, top: int) -> Table:
+def _kernels(analysis: Analysis, top: int, width: int) -> Table:
     title = "Kernels" if analysis.meta.is_cuda else "Operators"
     shape = ("registers", "occupancy") if analysis.meta.is_cuda else ()
     columns = ("calls", "time", "share", "bytes", "FLOP", "GB/s", "TFLOP/s", "roofline", *shape)
     table = _table(title, "name", "phase", *columns)
+    if width < 100:  # what the rates are made of gives way to the names
+        table.columns[5:7] = []
     for kernel in analysis.kernels[:top]:
         row = [
             _safe(short_name(kernel.name)),
@@ -113,6 +120,8 @@ def _kernels(analysis: Analysis, top: int) -> Table:
             format_number(kernel.tflop_s),
             percent(kernel.roofline),
         ]
+        if width < 100:
+            row[5:7] = []
         if shape:
             registers = "–" if kernel.registers is None else str(kernel.registers)
             row += [registers, percent(kernel.occupancy)]

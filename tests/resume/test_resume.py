@@ -334,11 +334,16 @@ def test_what_is_safe_to_change_changes_no_number(
         **{"sample-interval": "1", "save-interval": "3", "keep-checkpoints": "9", "keep-best": "1"},
         **{"max-nonfinite-steps": "9", "on-nonfinite": "rollback", "kl-warning": "9"},
         **{"entropy-warning": "0", "reward-workers": "1", "reward-timeout": "9"},
-        **{"reward-memory-gb": "3", "max-reward-failures": "0.5", "reward-hosts": "example.org"},
+        **{
+            "reward-memory-gb": "3",
+            "reward-max-failure-rate": "0.5",
+            "reward-hosts": "example.org",
+        },
     }
     assert {name.replace("-", "_") for name in changed} | {
         *("output_dir", "eval_interval", "report_to", "eval_dataset"),  # above, or seen in metrics
         *("token_budget", "gradient_checkpointing", "device"),  # the same up to rounding
+        *("model", "ref_model", "value_model", "dataset"),  # whose content is compared
     } == SAFE_TO_CHANGE
     flags = [part for name, value in changed.items() for part in (f"--{name}", value)]
     done = command(base, "--resume", three.name, "--num-iterations", "6", *flags)
