@@ -206,13 +206,21 @@ def test_the_same_folder_named_twice_is_fine(three: Path, base: Path, command: C
     assert command(base, *arguments).status == 0
 
 
+HELD = """
+import os, time
+
+def larger(completions):
+    until = time.monotonic() + 30
+    while not os.path.exists("go") and time.monotonic() < until:
+        time.sleep(0.01)
+    return [1.0 for _ in completions]
+"""
+
+
 def test_a_second_process_is_refused_while_the_first_one_trains(
     project: Path, command: Command
 ) -> None:
-    reward = "import os, time\n" + (project / "rewards.py").read_text().replace(
-        "    return", "    while not os.path.exists('go'):\n        time.sleep(0.01)\n    return"
-    )
-    (project / "rewards.py").write_text(reward)
+    (project / "rewards.py").write_text(HELD)
     arguments = ("train", "--config", "run.toml", *SHORT, "--num-iterations", "1")
     first = subprocess.Popen(
         [sys.executable, "-m", "fastppo.cli", *arguments, "--output-dir", "run"],
@@ -220,13 +228,16 @@ def test_a_second_process_is_refused_while_the_first_one_trains(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    lock, until = project / "run" / ".lock", time.monotonic() + 120
-    while not (lock.is_file() and lock.stat().st_size):
-        assert first.poll() is None and time.monotonic() < until
-        time.sleep(0.02)
-    second = command(project, "--resume", "run", "--num-iterations", "1")
-    (project / "go").touch()
-    output, _ = first.communicate(timeout=120)
+    try:
+        lock, until = project / "run" / ".lock", time.monotonic() + 120
+        while not (lock.is_file() and lock.stat().st_size):
+            assert first.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        second = command(project, "--resume", "run", "--num-iterations", "1")
+        (project / "go").touch()
+        output, _ = first.communicate(timeout=120)
+    finally:
+        first.kill()
     assert second.status == 2
     assert f"run' is in use by process {first.pid} on " in second.err
     assert first.returncode == 0, output
