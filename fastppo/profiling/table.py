@@ -82,7 +82,7 @@ def _table(title: str, *columns: str) -> Table:
             column,
             justify="left" if first else "right",
             no_wrap=not first,
-            min_width=8 if first else None,
+            min_width=12 if first else None,
         )
     return table
 
@@ -103,10 +103,10 @@ def _phases(analysis: Analysis) -> Table:
 def _kernels(analysis: Analysis, top: int, width: int) -> Table:
     title = "Kernels" if analysis.meta.is_cuda else "Operators"
     shape = ("registers", "occupancy") if analysis.meta.is_cuda else ()
-    columns = ("calls", "time", "share", "bytes", "FLOP", "GB/s", "TFLOP/s", "roofline", *shape)
-    table = _table(title, "name", "phase", *columns)
-    if width < 100:  # what the rates are made of gives way to the names
-        table.columns[5:7] = []
+    # what the rates are made of gives way to the names
+    amounts = ("bytes", "FLOP") if width >= 100 else ()
+    rates = ("GB/s", "TFLOP/s", "roofline")
+    table = _table(title, "name", "phase", "calls", "time", "share", *amounts, *rates, *shape)
     for kernel in analysis.kernels[:top]:
         row = [
             _safe(short_name(kernel.name)),
@@ -120,8 +120,8 @@ def _kernels(analysis: Analysis, top: int, width: int) -> Table:
             format_number(kernel.tflop_s),
             percent(kernel.roofline),
         ]
-        if width < 100:
-            row[5:7] = []
+        if not amounts:
+            del row[5:7]
         if shape:
             registers = "–" if kernel.registers is None else str(kernel.registers)
             row += [registers, percent(kernel.occupancy)]
