@@ -55,10 +55,9 @@ def operator_cost(span: Span, list_dtype: str = "float") -> Cost | None:
     if rule is None or "Input Dims" not in span.args:
         return None
     try:
-        cost = rule(_arguments(span.args, list_dtype), span.args.get("Concrete Inputs") or ())
+        return rule(_arguments(span.args, list_dtype), span.args.get("Concrete Inputs") or ())
     except (IndexError, AttributeError, TypeError, ValueError, KeyError):
         return None  # another signature than the one the rule was written for
-    return cost
 
 
 def repeats_inner(name: str) -> bool:
@@ -69,6 +68,8 @@ def repeats_inner(name: str) -> bool:
 def _arguments(args: Mapping[str, Any], list_dtype: str) -> _Arguments:
     dims, types = args["Input Dims"], args["Input type"]
     strides = args.get("Input Strides") or [None] * len(dims)
+    if types[0] == "TensorList" and not dims[0]:
+        raise ValueError("torch records a list of more than 30 tensors as an empty one")
     out: _Arguments = []
     for shape, dtype, steps in zip(dims, types, strides, strict=True):
         if dtype == "TensorList":

@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,12 +16,17 @@ from fastppo.profiling.analysis import Analysis, Kernel
 from fastppo.profiling.names import amount, duration, percent, short_name
 from fastppo.reporting.formatting import format_number, visible
 
+WIDE = 110
+
 
 def print_table(analysis: Analysis, console: Console, top: int = 20) -> None:
-    """Print a summary, the phases, the `top` kernels, the host syncs and what waited."""
+    """Print a summary, the phases, the `top` kernels, the host syncs and what waited.
+
+    A console of fewer than `WIDE` columns gets the kernels without calls, bytes and operations.
+    """
     console.print(_safe(summary(analysis)))
     console.print(_phases(analysis))
-    console.print(_kernels(analysis, top, console.width))
+    console.print(_kernels(analysis, top, console.width >= WIDE))
     rest = analysis.kernels[top:]
     if rest:
         share = percent(sum(kernel.share for kernel in rest))
@@ -78,12 +84,8 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         first = index == 0
-        table.add_column(
-            column,
-            justify="left" if first else "right",
-            no_wrap=not first,
-            min_width=12 if first else None,
-        )
+        justify: Literal["left", "right"] = "left" if first else "right"
+        table.add_column(column, justify=justify, no_wrap=not first, overflow="fold")
     return table
 
 
@@ -100,32 +102,28 @@ def _phases(analysis: Analysis) -> Table:
     return table
 
 
-def _kernels(analysis: Analysis, top: int, width: int) -> Table:
+def _kernels(analysis: Analysis, top: int, wide: bool) -> Table:
     title = "Kernels" if analysis.meta.is_cuda else "Operators"
-    shape = ("registers", "occupancy") if analysis.meta.is_cuda else ()
-    # what the rates are made of gives way to the names
-    amounts = ("bytes", "FLOP") if width >= 100 else ()
-    rates = ("GB/s", "TFLOP/s", "roofline")
-    table = _table(title, "name", "phase", "calls", "time", "share", *amounts, *rates, *shape)
+    columns = ["time", "share", "GB/s", "TFLOP/s", "roofline"]
+    if wide:
+        columns = ["calls", "time", "share", "bytes", "FLOP", "GB/s", "TFLOP/s", "roofline"]
+        columns += ["registers", "occupancy"] if analysis.meta.is_cuda else []
+    table = _table(title, "name", "phase", *columns)
     for kernel in analysis.kernels[:top]:
-        row = [
-            _safe(short_name(kernel.name)),
-            _safe(kernel.phase),
-            f"{kernel.calls:,}",
-            duration(kernel.total_us),
-            percent(kernel.share),
-            "–" if kernel.bytes is None else amount(kernel.bytes, "B"),
-            amount(kernel.flops, "") if kernel.flops else "–",
-            format_number(kernel.gb_s),
-            format_number(kernel.tflop_s),
-            percent(kernel.roofline),
-        ]
-        if not amounts:
-            del row[5:7]
-        if shape:
-            registers = "–" if kernel.registers is None else str(kernel.registers)
-            row += [registers, percent(kernel.occupancy)]
-        table.add_row(*row)
+        cells = {
+            "time": duration(kernel.total_us),
+            "share": percent(kernel.share),
+            "calls": f"{kernel.calls:,}",
+            "bytes": "–" if kernel.bytes is None else amount(kernel.bytes, "B"),
+            "FLOP": amount(kernel.flops, "") if kernel.flops else "–",
+            "GB/s": format_number(kernel.gb_s),
+            "TFLOP/s": format_number(kernel.tflop_s),
+            "roofline": percent(kernel.roofline),
+            "registers": "–" if kernel.registers is None else str(kernel.registers),
+            "occupancy": percent(kernel.occupancy),
+        }
+        name, phase = _safe(short_name(kernel.name)), _safe(kernel.phase)
+        table.add_row(name, phase, *(cells[column] for column in columns))
     return table
 
 

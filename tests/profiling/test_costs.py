@@ -132,6 +132,7 @@ def test_lists_have_the_type_they_are_said_to_have() -> None:
         ("aten::mm", [[], []], ["", ""]),
         ("aten::add", [[], []], ["Scalar", ""]),
         ("aten::add", [[2]], ["c10::quint8"]),
+        ("aten::_fused_adamw_", [[]] * 4, ["TensorList"] * 4),  # of more than 30 tensors
     ],
 )
 def test_what_is_not_known_has_no_cost(name: str, dims: list[Any], types: list[str]) -> None:

@@ -26,9 +26,9 @@ def analysis() -> Analysis:
     return analyse(Trace.load(HERE / "gpu_trace.json"), meta)
 
 
-def printed(analysis: Analysis, top: int = 20) -> list[str]:
+def printed(analysis: Analysis, top: int = 20, width: int = 160) -> list[str]:
     out = io.StringIO()
-    print_table(analysis, Console(file=out, width=160, color_system=None), top)
+    print_table(analysis, Console(file=out, width=width, color_system=None), top)
     return [" ".join(line.split()) for line in out.getvalue().splitlines()]
 
 
@@ -43,6 +43,16 @@ def test_the_terminal_shows_everything(analysis: Analysis) -> None:
         "splitKreduce_kernel rollout 1 10.0 µs 1.7 % – – – – – 32 100 %",
         "rewards.py:8 score rollout aten::_local_scalar_dense 4",
         "cudaDeviceSynchronize in update: the host waits 12.5 µs a step",
+    ):
+        assert line in lines, line
+
+
+def test_a_narrow_terminal_shows_names_rather_than_amounts(analysis: Analysis) -> None:
+    lines = printed(analysis, width=80)
+    for line in (
+        "name phase time share GB/s TFLOP/s roofline",
+        "token_logprobs_bwd_kernel update 256 µs 43 % 3,200 12.0 80 %",
+        "rewards.py:8 score rollout aten::_local_scalar_dense 4",
     ):
         assert line in lines, line
 
