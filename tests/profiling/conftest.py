@@ -1,4 +1,4 @@
-"""Kineto reads this when the first profiler starts; it would tell stderr of every start and stop."""
+"""Kineto reads this when the first profiler starts; it would tell stderr of each start and stop."""
 
 from __future__ import annotations
 
