@@ -60,7 +60,7 @@ def make_trainer(folder: Path, reward: Callable[..., Any], device: str = "cpu") 
         prompts_per_iteration=16,
         max_prompt_length=8,
         max_response_length=3,
-        num_minibatches=8,
+        num_minibatches=4,
         reward_workers=0,
         save_interval=1,
         precision="fp32",
@@ -145,7 +145,7 @@ def test_a_planted_item_and_the_update_are_in_the_list_of_syncs(
     assert planted.file.endswith("test_collect.py")
     assert lines[planted.line - 1].endswith("# planted") and planted.count == 16
     (update,) = [sync for sync in meta.syncs if sync.phase == "update"]
-    assert (update.file, update.count) == ("fastppo/update_metrics.py", 1)  # for 8 optimiser steps
+    assert (update.file, update.count) == ("fastppo/update_metrics.py", 1)  # for 4 optimiser steps
     assert not [sync for sync in meta.syncs if sync.phase in ("evaluate", "advantages", "pack")]
 
 

@@ -69,10 +69,14 @@ def names(folder: Path) -> list[str]:
 def test_a_run_is_profiled_into_a_folder_of_its_own(
     project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (project / "run").mkdir()
+    (project / "run" / "metrics.jsonl").write_text("of a real run\n")
     before = names(project)
     arguments = ["profile", "--config", "run.toml", "--steps", "1", "--num-minibatches", "1"]
     assert main(arguments) == 0
-    assert names(project) == sorted([*before, "profiles"])  # neither the file's `run` nor runs/
+    assert names(project) == sorted([*before, "profiles"]) and names(project / "run") == [
+        "metrics.jsonl"
+    ]
     (folder,) = (project / "profiles").iterdir()
     assert names(folder) == FILES
     shown = capfd.readouterr()
@@ -291,6 +295,7 @@ def test_without_ncu_the_error_has_the_command(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ncu_is_started_on_one_call_of_the_op(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

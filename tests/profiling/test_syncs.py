@@ -175,6 +175,7 @@ def evaluated(device: str = "cpu", **options: Any) -> tuple[PPOStep, PackedBatch
 def test_an_update_has_one_host_sync(options: dict[str, Any], expected: int) -> None:
     step, batch = evaluated(**options)
     assert len(batch.bins(BUDGET)) > step.config.num_minibatches  # more passes than steps
+    assert "valid_lengths" in vars(batch)  # the mask has been read, which a CPU does not show
     syncs = counted(lambda: step.update(batch))
     assert sum(sync.count for sync in syncs) == expected, syncs
     assert {sync.file for sync in syncs} <= {"fastppo/update_metrics.py", "fastppo/step.py"}

@@ -451,6 +451,7 @@ def test_tensorboard_has_every_iteration_once(project: Path, command: Command) -
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = ("--report-to", "tensorboard", "--save-interval", "2")
     assert command(project, "--output-dir", "r", "--num-iterations", "3", *arguments).status == 0
+    time.sleep(1.1)  # event files are ordered by the second in their name
     done = command(project, "--resume", "r", "--num-iterations", "4", *arguments)
     assert done.status == 0 and "iteration-000002" in done.out
     events = accumulator.EventAccumulator(str(project / "r" / "tensorboard"))
