@@ -77,8 +77,9 @@ class PPOTrainer:
         allow_changes: fields of `args` that may differ from the run that is resumed.
 
     Raises:
-        ValueError: anything in the arguments that cannot work, before training starts.
-        CheckpointError: nothing valid to resume from, or the run is in use by another process.
+        ValueError: anything in the arguments that cannot work, before training starts; the run is
+            in use by another process.
+        CheckpointError: nothing valid to resume from.
     """
 
     def __init__(
