@@ -217,6 +217,7 @@ def larger(completions):
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_while_the_first_one_trains(
     project: Path, command: Command
 ) -> None:

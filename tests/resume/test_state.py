@@ -358,7 +358,22 @@ PIECES: dict[tuple[str, str], Change] = {
 }
 
 
-@pytest.mark.parametrize(("place", "piece"), PIECES, ids=lambda text: text.replace(" ", "-"))
+QUICK = ("batch", "batch/advantages", "steps/policy")  # of their kinds
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(
+            place,
+            piece,
+            id=f"{place}-{piece.replace(' ', '-')}",
+            marks=[pytest.mark.slow] if "/" in piece and piece not in QUICK else [],
+        )
+        for place, piece in PIECES
+    ]
+
+
+@pytest.mark.parametrize(("place", "piece"), cases())
 def test_without_one_piece_the_continuation_differs(
     place: str,
     piece: str,
