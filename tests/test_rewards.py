@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.util
+import json
 import sys
 import threading
 import time
@@ -685,6 +686,16 @@ def test_reward_model_without_memory_for_one_sample_raises_what_was_raised() -> 
     with pytest.raises(torch.OutOfMemoryError, match="no memory for 6 tokens"):
         reward(["w2"] * 4, [" w1" * 5] * 4)
     assert memory.passes == [(4, 6), (2, 6), (1, 6)]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_reward_models_budget_is_part_of_the_state(wrapped: bool) -> None:
+    """Other passes round otherwise: a continuation must not start with the first budget."""
+    models = [RewardModel(make_classifier(), make_tokenizer()) for _ in range(2)]
+    first, second = (Rewards(functools.partial(m) if wrapped else m) for m in models)
+    models[0].token_budget = 77
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert models[1].token_budget == 77
 
 
 # The example's functions

@@ -24,6 +24,7 @@ from fastppo import PPOConfig, PPOTrainer, interrupts, recovery, state, trainer
 from fastppo.checkpoint import Checkpoint, verify
 from fastppo.demo import WORDS, tiny_model, word_tokenizer
 from fastppo.packing import PackedBatch
+from fastppo.rewards import RewardError
 from fastppo.step import NonFiniteError
 from fastppo.update_metrics import StepStats
 
@@ -512,6 +513,29 @@ def test_an_evaluation_that_is_stopped_leaves_no_trace(
     assert len(saved.state["reward_failures"]["batches"]) == 2  # of the iterations alone
     assert saved.state["max_rows"] == 4
     ShortOfMemory(tmp_path / "run").train()
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+def test_a_reward_is_mended_between_two_processes(
+    tmp_path: Path, differences: Differences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that no function scores stops the run and is scored again by the continuation."""
+    mended = History.larger
+
+    def silent(
+        self: History, completions: list[str], answer: list[str]
+    ) -> list[float] | list[None]:
+        return mended(self, completions, answer) if self.iteration < 3 else [None] * len(answer)
+
+    History(tmp_path / "whole").train()
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "larger", silent)
+        silent.__name__ = "larger"
+        with pytest.raises(RewardError, match="got None for all"):
+            History(tmp_path / "run").train()
+    saved = verify(tmp_path / "run" / "checkpoints" / "iteration-000002-0000")
+    assert "scores" not in saved.state["iteration"]
+    History(tmp_path / "run").train()
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
