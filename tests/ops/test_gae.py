@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastppo.ops import gae, gae_reference, kl_penalty, whiten
+from fastppo.ops import discounted_returns, gae, gae_reference, kl_penalty, whiten
 
 # Empty sequences, single tokens, one block of 64 and its neighbours, several levels of blocks.
 LENGTHS = [[], [0], [1], [3, 0, 1, 5], [63, 64, 65, 0, 1], [4099, 2, 130]]
@@ -373,26 +373,40 @@ def test_not_contiguous_inputs(rng):
     assert torch.equal(gae(*strided, cu, gamma=0.9, gae_lambda=0.9).returns, expected.returns)
 
 
-def test_custom_op(rng):
-    rewards, values, cu = packed([30, 0, 7], rng, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "given", [(), *((i,) for i in range(6)), tuple(range(6))], ids=lambda given: f"{given}"
+)
+def test_custom_op(given, dtype, rng):
+    """None, each alone, all: rewards, mask, bootstrap, kl, scores, discounts."""
+    rewards, values, cu = packed([30, 0, 7], rng, dtype)
     mask = torch.rand(37, generator=rng) < 0.5
     discounts = torch.rand(3, 3, generator=rng, dtype=torch.float64)
-    for optional in ((None,) * 6, (rewards, mask, rewards[:3], values, values[:3], discounts)):
-        torch.library.opcheck(
-            torch.ops.fastppo.gae.default,
-            (values, cu, *optional, 0.9, 0.8, 1.0, 0.1, "carry", True),
-        )
+    tensors = rewards, mask, rewards[:3], values, values[:3], discounts
+    optional = [x if i in given else None for i, x in enumerate(tensors)]
+    critic, mode, norm_adv, hint = 1.0, MODES[len(given) % 3], bool(given), 30
+    if 0 in given:
+        critic, hint = None, None
+    torch.library.opcheck(
+        torch.ops.fastppo.gae.default,
+        (values, cu, *optional, 0.9, 0.8, critic, 0.1, mode, norm_adv, hint),
+    )
 
 
 def test_compiles_without_a_graph_break(rng):
     rewards, values, cu = packed([30, 7], rng, torch.float32)
 
-    def both(r, v):
-        advantages, returns = gae(r, v, cu, gamma=0.9, gae_lambda=0.8, scores=torch.ones(2))
-        return advantages + returns
+    def both(r, v, longest):
+        options = {"gamma": 0.9, "gae_lambda": 0.8, "scores": torch.ones(2), "norm_adv": True}
+        advantages, returns = gae(r, v, cu, max_seqlen=longest, **options)
+        return advantages + returns + discounted_returns(r, cu, gamma=0.9, max_seqlen=longest)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(rewards, values), both(rewards, values))
+    expected = both(rewards, values, 30)
+    assert torch.equal(compiled(rewards, values, 30), expected)
+    assert torch.equal(compiled(rewards, values, 31), expected)  # torch sees that it varies
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(rewards, values, 32), expected)
 
 
 @pytest.mark.parametrize(
@@ -421,6 +435,8 @@ def test_compiles_without_a_graph_break(rng):
             "cu_seqlens: expected device cpu, got meta",
         ),
         ({"values": torch.zeros(4, dtype=torch.int64)}, TypeError, "values: expected dtype"),
+        ({"max_seqlen": 3}, ValueError, "max_seqlen: expected at least 4, .* got 3"),
+        ({"max_seqlen": 4.0}, TypeError, "max_seqlen: expected an int, got float"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
