@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from fastppo_kernels.gae import gae_fwd
 from fastppo_kernels.gae_classic import gae_classic_fwd
 from fastppo_kernels.launch import Launch
-from fastppo_kernels.scan import LAUNCH, ScanLaunch
+from fastppo_kernels.scan import ScanLaunch
 from fastppo_kernels.vtrace import vtrace_fwd
 from fastppo_kernels.whiten import whiten as whiten_kernels
 
@@ -105,8 +105,7 @@ def same(result, other):
 
 @every_plan
 @pytest.mark.parametrize(
-    ("mode", "two"),
-    [(None, False), ("carry", False), ("carry", True), ("dense-zero", True), ("none", False)],
+    ("mode", "two"), [(None, False), ("carry", True), ("dense-zero", False), ("none", False)]
 )
 def test_gae_against_the_loop(knobs, mode, two, rng):
     rewards, values, cu, mask, optional = inputs(rng)
@@ -116,7 +115,7 @@ def test_gae_against_the_loop(knobs, mode, two, rng):
     options |= optional | {"mask": mask if mode else None, "mask_mode": mode or "carry"}
     result = run_gae(rewards, values, cu, knobs=knobs, **options)
     check(result, gae_reference(rewards, values.double(), cu, **options))
-    if mode in ("carry", "dense-zero"):
+    if mode == "carry":
         poison = [torch.where(mask, x, torch.nan) for x in (values, rewards, options["kl"])]
         options["kl"] = poison[2]
         assert same(run_gae(poison[1], poison[0], cu, knobs=knobs, **options), result)
@@ -188,16 +187,16 @@ def test_the_gae_op_on_its_device(mode, rng):
     rewards, values, cu, mask, optional = inputs(rng)
     tensors = on_device(mask, *(optional[k] for k in ("bootstrap", "kl", "scores")), None)
     options = {"gamma": 0.9, "gae_lambda": 0.8, "mask": mask, "mask_mode": mode, "norm_adv": True}
-    for r in (rewards, None):
-        arguments = (*on_device(values, cu, r), *tensors, 0.9, 0.8, None, 0.3, mode, True, None)
-        result = gae_triton(*arguments)
-        check(result, gae_reference(r, values.double(), cu, **options, **optional))
+    r = None if mode == "none" else rewards
+    arguments = (*on_device(values, cu, r), *tensors, 0.9, 0.8, None, 0.3, mode, True, None)
+    result = gae_triton(*arguments)
+    check(result, gae_reference(r, values.double(), cu, **options, **optional))
+    if mode == "carry":
         assert same(gae_triton(*arguments), result)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shift_mean", [True, False])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("shift_mean", "masked"), [(True, False), (True, True), (False, True)])
 def test_whiten(dtype, shift_mean, masked, rng):
     """A block holds 4 of the 70 entries and 4 of the 18 blocks: combined in three stages."""
     x = (3 * torch.randn(70, generator=rng, dtype=torch.float64) + 5).to(dtype)
@@ -237,8 +236,11 @@ def run_vtrace(args, **options):
 
 
 @every_plan
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("masked", "dtype"),
+    [(False, torch.float32), (True, torch.float32), (True, torch.float64)],
+    ids=str,
+)
 def test_vtrace_against_the_paper(knobs, masked, dtype, rng):
     args, mask, bootstrap = vtrace_inputs(rng, dtype)
     options = {"gamma": 0.97, "gae_lambda": 0.9, "rho_cap": 2.0, "c_cap": 1.5}
@@ -247,10 +249,9 @@ def test_vtrace_against_the_paper(knobs, masked, dtype, rng):
     truth = vtrace_reference(*(x.double() for x in args[:4]), args[4], **options)
     scale = max(1.0, float(truth.returns.abs().max()))
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    if dtype == torch.float64:  # the caps are float32 numbers, and exact here
-        assert result[0].dtype == dtype
+    assert result[0].dtype == dtype
     check(result, truth, tolerance, tolerance * scale)
-    if masked:
+    if masked and dtype == torch.float32:
         poison = [torch.where(mask, x, torch.nan) for x in args[:4]]
         assert same(run_vtrace((*poison, args[4]), knobs=knobs, **options), result)
 
@@ -370,7 +371,3 @@ def test_real_rollouts_on_a_device(steps, envs, rng):
     options = {"gamma": 0.99, "gae_lambda": 0.95, "truncated": args[4], "final_values": args[5]}
     check(result, gae_classic(*args[:4], **options), 1e-4, 1e-4)
     assert same(gae_classic_triton(*on_device(*args), 0.99, 0.95), result)
-
-
-def test_the_real_knobs_are_usable():
-    assert LAUNCH.block % (32 * LAUNCH.num_warps) == 0

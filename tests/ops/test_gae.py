@@ -1,4 +1,4 @@
-"""gae against plain loops: ours and the peers' conventions, closed forms, masks, odd lengths."""
+"""gae against plain loops, closed forms, masks, odd lengths; other trainers: test_gae_hosts.py."""
 
 from __future__ import annotations
 
@@ -84,27 +84,6 @@ def test_cleanrl_loop(rng):
     torch.testing.assert_close(result.returns, advantages + values)
 
 
-def padded(x, lengths):
-    return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
-
-
-def test_trl_loop(rng):
-    lengths = [5, 9, 1]
-    rewards, values, cu = packed(lengths, rng)
-    r, v = padded(rewards, lengths), padded(values, lengths)
-    gamma, lam, lastgaelam, reversed_advantages = 0.97, 0.9, 0, []
-    gen_length = r.shape[1]
-    for t in reversed(range(gen_length)):
-        nextvalues = v[:, t + 1] if t < gen_length - 1 else 0.0
-        delta = r[:, t] + gamma * nextvalues - v[:, t]
-        lastgaelam = delta + gamma * lam * lastgaelam
-        reversed_advantages.append(lastgaelam)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
-    result = gae(rewards, values, cu, gamma=gamma, gae_lambda=lam)
-    for i, part in enumerate(result.advantages.split(lengths)):
-        torch.testing.assert_close(part, advantages[i, : lengths[i]])
-
-
 def tool_masks(rng, lengths):
     """Interior, leading and trailing masked spans."""
     mask = torch.rand(sum(lengths), generator=rng) < 0.6
@@ -113,52 +92,6 @@ def tool_masks(rng, lengths):
     mask[lengths[0]] = False
     mask[lengths[0] + 1] = True
     return mask
-
-
-def test_verl_loop_carries_through_masked_spans(rng):
-    lengths = [12, 9]
-    rewards, values, cu = packed(lengths, rng)
-    mask = tool_masks(rng, lengths)
-    r, v, m = (padded(x, lengths) for x in (rewards, values, mask.double()))
-    gamma, lam, nextvalues, lastgaelam, reversed_advantages = 0.97, 0.9, 0, 0, []
-    for t in reversed(range(r.shape[1])):
-        delta = r[:, t] + gamma * nextvalues - v[:, t]
-        lastgaelam_ = delta + gamma * lam * lastgaelam
-        nextvalues = v[:, t] * m[:, t] + (1 - m[:, t]) * nextvalues
-        lastgaelam = lastgaelam_ * m[:, t] + (1 - m[:, t]) * lastgaelam
-        reversed_advantages.append(lastgaelam)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
-    returns = advantages + v
-    result = gae(rewards, values, cu, gamma=gamma, gae_lambda=lam, mask=mask)
-    for i in range(2):
-        keep = mask.split(lengths)[i]
-        for ours, theirs in ((result.advantages, advantages), (result.returns, returns)):
-            part = ours.split(lengths)[i]
-            torch.testing.assert_close(part[keep], theirs[i, : lengths[i]][keep])
-            assert (part[~keep] == 0).all()
-
-
-def test_openrlhf_loop_zeroes_masked_slots(rng):
-    lengths = [12, 9]
-    rewards, values, cu = packed(lengths, rng)
-    mask = tool_masks(rng, lengths)
-    r, v, m = (padded(x, lengths) for x in (rewards, values, mask.double()))
-    v, r = m * v, m * r
-    gamma, lam, lastgaelam, reversed_advantages = 0.97, 0.9, 0, []
-    for t in reversed(range(r.shape[1])):
-        nextvalues = v[:, t + 1] if t < r.shape[1] - 1 else 0.0
-        delta = r[:, t] + gamma * nextvalues - v[:, t]
-        lastgaelam = delta + gamma * lam * lastgaelam
-        reversed_advantages.append(lastgaelam)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
-    result = gae(
-        rewards, values, cu, gamma=gamma, gae_lambda=lam, mask=mask, mask_mode="dense-zero"
-    )
-    for i in range(2):
-        keep = mask.split(lengths)[i]
-        part = result.advantages.split(lengths)[i]
-        torch.testing.assert_close(part[keep], advantages[i, : lengths[i]][keep])
-        assert (part[~keep] == 0).all()
 
 
 @pytest.mark.parametrize("mode", ["carry", "dense-zero"])
