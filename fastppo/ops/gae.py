@@ -260,7 +260,7 @@ def gae(
         norm_adv: whiten the advantages as `whiten(advantages, mask)` does; the returns are those of
             the advantages before.
         max_seqlen: a length that no sequence exceeds, in tokens, where the host knows one; None:
-            N. Short ones take one launch fewer on CUDA; the result does not depend on it.
+            N. Where it is small, one launch fewer on CUDA; a wrong one costs time, not the result.
 
     Returns:
         GAE(advantages, returns), (N,) float32 without gradient; both 0 at masked tokens.

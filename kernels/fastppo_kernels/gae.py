@@ -86,9 +86,7 @@ def gae_maps(
     if mask_ptr is not None:
         valid = inside & (tl.load(mask_ptr + offs, mask=inside, other=0) != 0)
     counts = inside if MODE == 2 else valid
-    v = tl.zeros_like(g)
-    if values_ptr is not None:
-        v = tl.load(values_ptr + offs, mask=counts, other=0.0).to(DTYPE)
+    v = tl.load(values_ptr + offs, mask=counts, other=0.0).to(DTYPE)
     r = tl.zeros_like(g)
     if rewards_ptr is not None:
         r = tl.load(rewards_ptr + offs, mask=counts, other=0.0).to(DTYPE)

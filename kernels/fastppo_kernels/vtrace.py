@@ -87,7 +87,8 @@ def _vtrace_maps(
     ratio = tl.exp(tl.where(over < -limit, -limit, over).to(DTYPE))
     rho = tl.where(valid, tl.where(ratio > rho_cap, rho_cap, ratio), 1.0).to(DTYPE)
     c = tl.where(valid, tl.where(ratio > c_cap, c_cap, ratio), 1.0).to(DTYPE)
-    return times(a, c), times(e, rho), b * rho, p, q, v, valid, g
+    c = tl.where(c == c, c, 0.0)  # b is NaN already, and `compose` multiplies a by 0
+    return a * c, times(e, rho), b * rho, p, q, v, valid, g
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_search_steps"])
