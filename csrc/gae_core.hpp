@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace fastppo {
@@ -41,36 +42,75 @@ struct GaeInputs {
   double kl_coef = 0.0;
 };
 
+// The recurrence of one sequence, from its last token towards its first.
+template <MaskMode mode, bool masked, bool two, typename T>
+struct Walk {
+  std::int64_t t = 0;      // the token behind the next one
+  std::int64_t first = 0;  // of the sequence
+  double gamma = 0.0;
+  double decay = 0.0;
+  double critic_decay = 0.0;
+  double next = 0.0;
+  double score = 0.0;
+  double actor = 0.0;
+  double critic = 0.0;
+
+  void start(const GaeInputs<T>& in, std::int64_t b) {
+    t = in.offsets[b + 1];
+    first = in.offsets[b];
+    gamma = in.gamma[b];
+    decay = gamma * in.actor_lambda[b];
+    critic_decay = two ? gamma * in.critic_lambda[b] : decay;
+    next = in.bootstrap != nullptr ? static_cast<double>(in.bootstrap[b]) : 0.0;
+    score = in.scores != nullptr ? static_cast<double>(in.scores[b]) : 0.0;
+    actor = critic = 0.0;
+  }
+
+  void step(const GaeInputs<T>& in, T* advantages, T* returns) {
+    --t;
+    const bool valid = !masked || in.mask[t] != 0;
+    const bool counts = valid || mode == MaskMode::none;
+    // Loads stand alone: one inside a select would have to be a branch.
+    const double reward = in.rewards != nullptr ? static_cast<double>(in.rewards[t]) : 0.0;
+    const double value = static_cast<double>(in.values[t]);
+    const double penalty = in.kl != nullptr ? in.kl_coef * static_cast<double>(in.kl[t]) : 0.0;
+    double r = counts ? reward : 0.0;
+    const double v = counts ? value : 0.0;
+    r -= valid ? penalty : 0.0;
+    r += valid ? score : 0.0;
+    score = valid ? 0.0 : score;
+    const double delta = r + gamma * next - v;
+    const bool moves = valid || mode != MaskMode::carry;
+    next = moves ? v : next;
+    actor = moves ? delta + decay * actor : actor;
+    if (two) critic = moves ? delta + critic_decay * critic : critic;
+    advantages[t] = valid ? static_cast<T>(actor) : T{0};
+    returns[t] = valid ? static_cast<T>((two ? critic : actor) + v) : T{0};
+  }
+};
+
+// Several sequences at a time: a step waits for the one before it, but not for those of others.
 template <MaskMode mode, bool masked, bool two, typename T>
 void gae_sequences(const GaeInputs<T>& in, T* advantages, T* returns) {
-  for (std::int64_t b = 0; b < in.num_sequences; ++b) {
-    const double gamma = in.gamma[b];
-    const double decay = gamma * in.actor_lambda[b];
-    const double critic_decay = two ? gamma * in.critic_lambda[b] : decay;
-    double next = in.bootstrap != nullptr ? static_cast<double>(in.bootstrap[b]) : 0.0;
-    double score = in.scores != nullptr ? static_cast<double>(in.scores[b]) : 0.0;
-    double actor = 0.0;
-    double critic = 0.0;
-    for (std::int64_t t = in.offsets[b + 1] - 1; t >= in.offsets[b]; --t) {
-      const bool valid = !masked || in.mask[t] != 0;
-      const bool counts = valid || mode == MaskMode::none;
-      // Loads stand alone: one inside a select would have to be a branch.
-      const double reward = in.rewards != nullptr ? static_cast<double>(in.rewards[t]) : 0.0;
-      const double value = static_cast<double>(in.values[t]);
-      const double penalty = in.kl != nullptr ? in.kl_coef * static_cast<double>(in.kl[t]) : 0.0;
-      double r = counts ? reward : 0.0;
-      const double v = counts ? value : 0.0;
-      r -= valid ? penalty : 0.0;
-      r += valid ? score : 0.0;
-      score = valid ? 0.0 : score;
-      const double delta = r + gamma * next - v;
-      const bool moves = valid || mode != MaskMode::carry;
-      next = moves ? v : next;
-      actor = moves ? delta + decay * actor : actor;
-      if (two) critic = moves ? delta + critic_decay * critic : critic;
-      advantages[t] = valid ? static_cast<T>(actor) : T{0};
-      returns[t] = valid ? static_cast<T>((two ? critic : actor) + v) : T{0};
+  constexpr int lanes = 3;
+  Walk<mode, masked, two, T> walks[lanes];
+  std::int64_t b = 0;
+  while (true) {
+    std::int64_t steps = std::numeric_limits<std::int64_t>::max();
+    int busy = 0;
+    for (Walk<mode, masked, two, T>& walk : walks) {
+      while (walk.t == walk.first && b < in.num_sequences) walk.start(in, b++);
+      if (walk.t == walk.first) continue;
+      ++busy;
+      steps = std::min(steps, walk.t - walk.first);
     }
+    if (busy < lanes) break;
+    for (std::int64_t i = 0; i < steps; ++i) {
+      for (Walk<mode, masked, two, T>& walk : walks) walk.step(in, advantages, returns);
+    }
+  }
+  for (Walk<mode, masked, two, T>& walk : walks) {
+    while (walk.t > walk.first) walk.step(in, advantages, returns);
   }
 }
 

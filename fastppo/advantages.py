@@ -112,9 +112,9 @@ def _gae(batch: PackedBatch, config: PPOConfig) -> PackedBatch:
         returns_lambda=config.critic_lambda,
         mask=mask,
         bootstrap=batch.bootstrap if config.bootstrap_truncated else None,
+        norm_adv=config.norm_adv,
+        max_seqlen=int(np.diff(batch.cu_responses_host).max(initial=0)),
     )
-    if config.norm_adv:
-        advantages = ops.whiten(advantages, mask)
     return batch.replace(rewards=rewards, advantages=advantages, returns=returns)
 
 

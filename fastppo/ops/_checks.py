@@ -135,6 +135,22 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int, device: torch.device) ->
         )
 
 
+def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor) -> None:
+    """Raise unless max_seqlen is None or at least the length of every sequence."""
+    if max_seqlen is None:
+        return
+    if not isinstance(max_seqlen, int | torch.SymInt):
+        raise TypeError(f"max_seqlen: expected an int, got {type(max_seqlen).__name__}")
+    if cu_seqlens.numel() < 2 or not may_read_values(cu_seqlens):
+        return
+    longest = int(cu_seqlens.diff().max())
+    if max_seqlen < longest:
+        raise ValueError(
+            f"max_seqlen: expected at least {longest}, the length of the longest sequence in "
+            f"cu_seqlens, got {max_seqlen}"
+        )
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise unless value is one of choices."""
     if value not in choices:

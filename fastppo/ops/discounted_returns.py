@@ -48,6 +48,7 @@ def discounted_returns(
     gamma: float | Tensor,
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """Discounted sum of the rewards from each token on.
 
@@ -57,6 +58,7 @@ def discounted_returns(
         gamma: discount γ in [0, 1], a number or (B,).
         mask: (N,) bool, False for tokens to pass over, which may hold NaN; None: all count.
         bootstrap: (B,) return that follows the last token of a truncated sequence; None: all 0.
+        max_seqlen: a length that no sequence exceeds, in tokens, as in `gae`; None: N.
 
     Returns:
         (N,) float32 without gradient, 0 at masked tokens.
@@ -67,5 +69,12 @@ def discounted_returns(
     check_tensor("rewards", rewards, ("N",))
     zeros = torch.zeros(rewards.shape, dtype=compute_dtype(rewards), device=rewards.device)
     return gae(
-        rewards, zeros, cu_seqlens, gamma=gamma, gae_lambda=1.0, mask=mask, bootstrap=bootstrap
+        rewards,
+        zeros,
+        cu_seqlens,
+        gamma=gamma,
+        gae_lambda=1.0,
+        mask=mask,
+        bootstrap=bootstrap,
+        max_seqlen=max_seqlen,
     ).returns

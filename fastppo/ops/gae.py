@@ -14,7 +14,8 @@ In every mode masked slots take no KL and no score and come out with advantage 0
 them loss weight 0.
 
 On CPU the recurrence runs in C++, in double precision, one rounding per result; on CUDA as a Triton
-scan of affine maps (fastppo_kernels.gae).
+scan of affine maps (fastppo_kernels.gae), in one launch where `max_seqlen` says that no sequence is
+long, with one more for norm_adv.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from fastppo.ops._checks import (
     check_choice,
     check_cu_seqlens,
     check_discount,
+    check_max_seqlen,
     check_rows,
     check_tensor,
 )
 from fastppo.ops._precision import compute_dtype
 from fastppo.ops._segments import segment_ids
-from fastppo.ops.whiten import EPS, whiten_reference, whiten_torch
+from fastppo.ops.whiten import EPS, whiten_reference
 
 MaskMode = Literal["carry", "dense-zero", "none"]
 MASK_MODES = ("carry", "dense-zero", "none")
@@ -110,7 +112,8 @@ def gae_reference(
     mutates_args=(),
     schema="(Tensor values, Tensor cu_seqlens, Tensor? rewards, Tensor? mask, Tensor? bootstrap, "
     "Tensor? kl, Tensor? scores, Tensor? discounts, float gamma, float gae_lambda, "
-    "float? returns_lambda, float kl_coef, str mask_mode, bool norm_adv) -> (Tensor, Tensor)",
+    "float? returns_lambda, float kl_coef, str mask_mode, bool norm_adv, SymInt? max_seqlen) "
+    "-> (Tensor, Tensor)",
 )
 def _gae(
     values: Tensor,
@@ -127,6 +130,7 @@ def _gae(
     kl_coef: float,
     mask_mode: str,
     norm_adv: bool,
+    max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor]:
     """In C++; tensors of a device without a kernel of its own come to the CPU and go back.
 
@@ -178,10 +182,12 @@ def gae_triton(
     kl_coef: float,
     mask_mode: str,
     norm_adv: bool,
+    max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """One or two launches, no host sync; a few more to whiten, or to find where scores go among
-    masked tokens that are not carried through."""
+    """One or two launches, no host sync; one more to whiten, a few to find where scores go among
+    masked tokens that are not carried through, and one to round discounts per sequence."""
     from fastppo_kernels.gae import gae_fwd
+    from fastppo_kernels.whiten import whiten_from
 
     if scores is not None and mask is not None and mask_mode != "carry":
         count = mask.long().cumsum(0)
@@ -190,7 +196,7 @@ def gae_triton(
         placed = torch.where(mask & (count == of_sequence), scores.to(values.dtype)[sequence], 0.0)
         rewards = placed if rewards is None else rewards.to(values.dtype) + placed
         scores = None
-    advantages, returns = gae_fwd(
+    advantages, returns, moments = gae_fwd(
         values,
         cu_seqlens,
         gamma=gamma,
@@ -204,8 +210,13 @@ def gae_triton(
         kl_coef=kl_coef,
         scores=scores,
         discounts=discounts,
+        max_seqlen=max_seqlen,
+        with_moments=norm_adv,
     )
-    return whiten_torch(advantages, mask, True) if norm_adv else advantages, returns
+    if moments is not None:
+        valid = None if mask is None else mask.contiguous()
+        whiten_from(moments, advantages, valid, out=advantages, eps=EPS)
+    return advantages, returns
 
 
 @_gae.register_fake
@@ -228,6 +239,7 @@ def gae(
     kl_coef: float = 0.0,
     scores: Tensor | None = None,
     norm_adv: bool = False,
+    max_seqlen: int | None = None,
 ) -> GAE:
     """Advantages and returns of packed sequences.
 
@@ -247,6 +259,8 @@ def gae(
         scores: (B,) floating, reward of a whole sequence, added at its last valid token.
         norm_adv: whiten the advantages as `whiten(advantages, mask)` does; the returns are those of
             the advantages before.
+        max_seqlen: a length that no sequence exceeds, in tokens, where the host knows one; None:
+            N. Where it is small, one launch fewer on CUDA; a wrong one costs time, not the result.
 
     Returns:
         GAE(advantages, returns), (N,) float32 without gradient; both 0 at masked tokens.
@@ -269,12 +283,12 @@ def gae(
     for name, x in (("bootstrap", bootstrap), ("scores", scores)):
         if x is not None:
             check_tensor(name, x, (num_sequences,), device=values.device)
+    check_max_seqlen(max_seqlen, cu_seqlens)
     numbers, discounts = _split_discounts(gamma, gae_lambda, returns_lambda, num_sequences)
     inputs = [None if x is None else x.detach() for x in (rewards, mask, bootstrap, kl, scores)]
     v = values.detach().to(compute_dtype(values))
-    return GAE(
-        *_gae(v, cu_seqlens, *inputs, discounts, *numbers, float(kl_coef), mask_mode, norm_adv)
-    )
+    choices = float(kl_coef), mask_mode, norm_adv, max_seqlen
+    return GAE(*_gae(v, cu_seqlens, *inputs, discounts, *numbers, *choices))
 
 
 def _split_discounts(

@@ -10,6 +10,9 @@ Source: CleanRL ppo.py, whose `dones` are terminated | truncated: a truncated ep
 one that ended worthless. Here the value of the state that truncation cut off enters instead; for
 CleanRL's numbers pass terminated = terminated | truncated. Sequences of language models are packed:
 see `fastppo.ops.gae`.
+
+On CPU the recurrence runs in C++ in double precision, on CUDA as one launch of tiled scans
+(fastppo_kernels.gae_classic).
 """
 
 from __future__ import annotations
@@ -89,6 +92,24 @@ def _gae_classic(
             gae_lambda=gae_lambda,
         )
     return advantages.to(values.device), returns.to(values.device)
+
+
+@_gae_classic.register_kernel("cuda")
+def gae_classic_triton(
+    rewards: Tensor,
+    values: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None,
+    final_values: Tensor | None,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    """One launch, no host sync."""
+    from fastppo_kernels.gae_classic import gae_classic_fwd
+
+    inputs = rewards, values, next_value, terminated, truncated, final_values
+    return gae_classic_fwd(*inputs, gamma, gae_lambda)
 
 
 @_gae_classic.register_fake

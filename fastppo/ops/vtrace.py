@@ -10,6 +10,9 @@ c = λ·min(ratio, c_cap), backwards in each sequence from vs' = V' = bootstrap,
 Masked tokens pass vs' and V' through unchanged, as in `gae` with mask_mode "carry". On-policy, with
 caps ≥ 1, returns are those of `gae`; the advantages look one step ahead of vs', which for λ = 1 is
 what `gae` gives.
+
+On CPU the recurrence runs in C++ in double precision; on CUDA as the scan of `gae`, in as many
+launches (fastppo_kernels.vtrace).
 """
 
 from __future__ import annotations
@@ -21,7 +24,13 @@ import torch
 from torch import Tensor
 
 from fastppo import _C
-from fastppo.ops._checks import check_cu_seqlens, check_rows, check_tensor, check_unit_interval
+from fastppo.ops._checks import (
+    check_cu_seqlens,
+    check_max_seqlen,
+    check_rows,
+    check_tensor,
+    check_unit_interval,
+)
 from fastppo.ops._precision import compute_dtype
 from fastppo.ops.kl_penalty import LOG_RATIO_LIMIT
 
@@ -78,14 +87,15 @@ def vtrace_reference(
 @torch.library.custom_op(
     "fastppo::vtrace",
     mutates_args=(),
-    schema="(Tensor rewards, Tensor values, Tensor ratios, Tensor cu_seqlens, Tensor? mask, "
-    "Tensor? bootstrap, float gamma, float gae_lambda, float rho_cap, float c_cap) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor rewards, Tensor values, Tensor logprobs, Tensor behaviour_logprobs, "
+    "Tensor cu_seqlens, Tensor? mask, Tensor? bootstrap, float gamma, float gae_lambda, "
+    "float rho_cap, float c_cap, SymInt? max_seqlen) -> (Tensor, Tensor)",
 )
 def _vtrace(
     rewards: Tensor,
     values: Tensor,
-    ratios: Tensor,
+    logprobs: Tensor,
+    behaviour_logprobs: Tensor,
     cu_seqlens: Tensor,
     mask: Tensor | None,
     bootstrap: Tensor | None,
@@ -93,9 +103,12 @@ def _vtrace(
     gae_lambda: float,
     rho_cap: float,
     c_cap: float,
+    max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor]:
     """In C++; tensors of a device without a kernel of its own come to the CPU and go back."""
     host = values.to("cpu").contiguous()
+    log_ratio = logprobs.to("cpu", host.dtype) - behaviour_logprobs.to("cpu", host.dtype)
+    ratios = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
     def array(x: Tensor | None, dtype: torch.dtype) -> object:
         return None if x is None else x.to("cpu", dtype).contiguous().numpy()
@@ -118,6 +131,41 @@ def _vtrace(
     return advantages.to(values.device), returns.to(values.device)
 
 
+@_vtrace.register_kernel("cuda")
+def vtrace_triton(
+    rewards: Tensor,
+    values: Tensor,
+    logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float,
+    gae_lambda: float,
+    rho_cap: float,
+    c_cap: float,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor]:
+    """One or two launches, no host sync."""
+    from fastppo_kernels.vtrace import vtrace_fwd
+
+    return vtrace_fwd(
+        rewards,
+        values,
+        logprobs,
+        behaviour_logprobs,
+        cu_seqlens,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        rho_cap=rho_cap,
+        c_cap=c_cap,
+        limit=LOG_RATIO_LIMIT,
+        mask=mask,
+        bootstrap=bootstrap,
+        max_seqlen=max_seqlen,
+    )
+
+
 @_vtrace.register_fake
 def _(rewards: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(values), torch.empty_like(values)
@@ -136,6 +184,7 @@ def vtrace(
     c_cap: float = 1.0,
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> VTrace:
     """Off-policy corrected advantages and value targets.
 
@@ -148,6 +197,7 @@ def vtrace(
         rho_cap, c_cap: ρ̄ and c̄ of the paper, > 0; infinity: no cap.
         mask: (N,) bool, False for tokens to pass over, which may hold NaN; None: all count.
         bootstrap: (B,) value of the state after the last token; None: all 0.
+        max_seqlen: a length that no sequence exceeds, in tokens, as in `gae`; None: N.
 
     Returns:
         VTrace(advantages, returns), (N,) float32 without gradient; both 0 at masked tokens.
@@ -171,9 +221,8 @@ def vtrace(
         num_sequences = cu_seqlens.shape[0] - 1
         check_tensor("bootstrap", bootstrap, (num_sequences,), device=values.device)
         bootstrap = bootstrap.detach()
-    dtype = compute_dtype(values)
-    log_ratio = logprobs.detach().to(dtype) - behaviour_logprobs.detach().to(dtype)
-    ratios = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    tensors = rewards.detach(), values.detach().to(dtype), ratios, cu_seqlens, mask, bootstrap
+    check_max_seqlen(max_seqlen, cu_seqlens)
+    v = values.detach().to(compute_dtype(values))
+    rows = rewards.detach(), v, logprobs.detach(), behaviour_logprobs.detach()
     numbers = float(gamma), float(gae_lambda), float(rho_cap), float(c_cap)
-    return VTrace(*_vtrace(*tensors, *numbers))
+    return VTrace(*_vtrace(*rows, cu_seqlens, mask, bootstrap, *numbers, max_seqlen))

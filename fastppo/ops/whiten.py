@@ -9,8 +9,6 @@ Source: `masked_whiten` of TRL and verl. Theirs divides by zero for n = 1; here 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -32,8 +30,13 @@ def whiten_reference(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool 
     return out
 
 
-def whiten_torch(x: Tensor, mask: Tensor | None, shift_mean: bool) -> Tensor:
-    """Without host syncs: masked sums instead of picked entries."""
+@torch.library.custom_op(
+    "fastppo::whiten",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? mask, bool shift_mean) -> Tensor",
+)
+def _whiten(x: Tensor, mask: Tensor | None, shift_mean: bool) -> Tensor:
+    """In torch, without host syncs: masked sums instead of picked entries."""
     x = x.to(compute_dtype(x))
     valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     n = valid.sum().to(x.dtype)
@@ -48,9 +51,17 @@ def whiten_torch(x: Tensor, mask: Tensor | None, shift_mean: bool) -> Tensor:
     return out if shift_mean else torch.where(valid, out + mean, 0.0)
 
 
-def _implementation(device: torch.device) -> Callable[[Tensor, Tensor | None, bool], Tensor]:
-    """The computation for a device; the one place that chooses."""
-    return whiten_torch
+@_whiten.register_kernel("cuda")
+def whiten_triton(x: Tensor, mask: Tensor | None, shift_mean: bool) -> Tensor:
+    """Two launches up to a million entries, no host sync."""
+    from fastppo_kernels.whiten import whiten as launch_whiten
+
+    return launch_whiten(x, mask, shift_mean, EPS)
+
+
+@_whiten.register_fake
+def _(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape, dtype=compute_dtype(x))
 
 
 def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True) -> Tensor:
@@ -62,7 +73,8 @@ def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True) ->
         shift_mean: False keeps the mean, for rewards.
 
     Returns:
-        (N,) float32; masked entries are 0. One valid entry becomes 0 (or stays, without the shift).
+        (N,) float32 without gradient; masked entries are 0. One valid entry becomes 0 (or stays,
+        without the shift).
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device.
@@ -70,4 +82,5 @@ def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True) ->
     check_tensor("x", x, ("N",))
     if mask is not None:
         check_tensor("mask", mask, (x.shape[0],), (torch.bool,), x.device)
-    return _implementation(x.device)(x, mask, shift_mean)
+    out: Tensor = _whiten(x.detach(), mask, shift_mean)
+    return out

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastppo_kernels.aot import record
+from fastppo_kernels.aot_scan_cases import scan_launches
 from fastppo_kernels.launch import Call
 from fastppo_kernels.ppo_rows import PPOKnobs, ppo_rows
 from fastppo_kernels.token_logprobs import token_logprobs_bwd_out, token_logprobs_fwd
@@ -69,10 +70,10 @@ def _ppo_rows(vocab: int, dtype: torch.dtype, options: bool) -> None:
 
 
 def cases() -> dict[str, Call]:
-    """Launches by "kernel dtype vocabulary [options]"."""
+    """Launches by "kernel dtype vocabulary [options]", and by "kernel plan [options]" for scans."""
     found: dict[str, Call] = {}
 
-    def add(suffix: str, launcher: Callable[[], None]) -> None:
+    def add(suffix: str, launcher: Callable[[], object]) -> None:
         for call in record(launcher):
             found[f"{call.kernel.__name__.removesuffix('_kernel')} {suffix}"] = call
 
@@ -82,4 +83,6 @@ def cases() -> dict[str, Call]:
         add("fp16 151936", partial(op, 151936, torch.float16, False))
         add("fp32 151936", partial(op, 151936, torch.float32, False))
         add("bf16 151936 options", partial(op, 151936, torch.bfloat16, True))
+    for suffix, launcher in scan_launches():
+        add(suffix, launcher)
     return found

@@ -11,8 +11,8 @@ import pytest
 
 def test_kernels_under_the_interpreter(root):
     pytest.importorskip("triton")
-    folder = root / "tests" / "kernels" / "interpreted"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    tests = [str(root / "tests" / "kernels" / name) for name in ("interpreted", "test_scans.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(
         [*command, "-m", "not gpu"],
         cwd=root,

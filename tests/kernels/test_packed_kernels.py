@@ -1,5 +1,4 @@
-"""The GAE scan and the value loss: interpreted, each in a process of its own, and compiled ahead of
-time for each GPU.
+"""The value loss: interpreted, in a process of its own, and compiled ahead of time for each GPU.
 
 Triton decides at import whether kernels are interpreted, so the two cannot share a process.
 """
@@ -18,7 +17,6 @@ pytest.importorskip("triton")
 
 import triton
 from fastppo_kernels import value_loss
-from fastppo_kernels.gae import LAUNCH, gae_blocks_kernel, gae_fwd_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
@@ -34,7 +32,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("name", ["gae", "value_loss"])
+@pytest.mark.parametrize("name", ["value_loss"])
 def test_under_the_interpreter(root, name):
     tests = root / "tests" / "kernels" / "interpreted" / f"test_{name}.py"
     run = subprocess.run(
@@ -75,17 +73,6 @@ def spilled_bytes(kernel, target: GPUTarget, folder: Path, constants: dict, num_
         [tool, "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
     ).stdout
     return sum(int(x) for x in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))
-
-
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
-@pytest.mark.parametrize("full", [False, True], ids=["plain", "every option"])
-def test_gae_compiles_without_spills(target, full, tmp_path):
-    absent = ["mask", "bootstrap", "kl", "scores", "discounts"]
-    constants = {"MODE": 0 if full else 2, "TWO": full, "BLOCK": LAUNCH.block}
-    constants |= {} if full else {f"{name}_ptr": None for name in absent}
-    assert spilled_bytes(gae_blocks_kernel, target, tmp_path, constants, LAUNCH.num_warps) == 0
-    constants["CHUNK"] = LAUNCH.chunk
-    assert spilled_bytes(gae_fwd_kernel, target, tmp_path, constants, LAUNCH.num_warps) == 0
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())

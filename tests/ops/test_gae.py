@@ -1,11 +1,11 @@
-"""gae against plain loops: ours and the peers' conventions, closed forms, masks, odd lengths."""
+"""gae against plain loops, closed forms, masks, odd lengths; other trainers: test_gae_hosts.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fastppo.ops import gae, gae_reference, kl_penalty, whiten
+from fastppo.ops import discounted_returns, gae, gae_reference, kl_penalty, whiten
 
 # Empty sequences, single tokens, one block of 64 and its neighbours, several levels of blocks.
 LENGTHS = [[], [0], [1], [3, 0, 1, 5], [63, 64, 65, 0, 1], [4099, 2, 130]]
@@ -84,27 +84,6 @@ def test_cleanrl_loop(rng):
     torch.testing.assert_close(result.returns, advantages + values)
 
 
-def padded(x, lengths):
-    return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
-
-
-def test_trl_loop(rng):
-    lengths = [5, 9, 1]
-    rewards, values, cu = packed(lengths, rng)
-    r, v = padded(rewards, lengths), padded(values, lengths)
-    gamma, lam, lastgaelam, reversed_advantages = 0.97, 0.9, 0, []
-    gen_length = r.shape[1]
-    for t in reversed(range(gen_length)):
-        nextvalues = v[:, t + 1] if t < gen_length - 1 else 0.0
-        delta = r[:, t] + gamma * nextvalues - v[:, t]
-        lastgaelam = delta + gamma * lam * lastgaelam
-        reversed_advantages.append(lastgaelam)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
-    result = gae(rewards, values, cu, gamma=gamma, gae_lambda=lam)
-    for i, part in enumerate(result.advantages.split(lengths)):
-        torch.testing.assert_close(part, advantages[i, : lengths[i]])
-
-
 def tool_masks(rng, lengths):
     """Interior, leading and trailing masked spans."""
     mask = torch.rand(sum(lengths), generator=rng) < 0.6
@@ -113,52 +92,6 @@ def tool_masks(rng, lengths):
     mask[lengths[0]] = False
     mask[lengths[0] + 1] = True
     return mask
-
-
-def test_verl_loop_carries_through_masked_spans(rng):
-    lengths = [12, 9]
-    rewards, values, cu = packed(lengths, rng)
-    mask = tool_masks(rng, lengths)
-    r, v, m = (padded(x, lengths) for x in (rewards, values, mask.double()))
-    gamma, lam, nextvalues, lastgaelam, reversed_advantages = 0.97, 0.9, 0, 0, []
-    for t in reversed(range(r.shape[1])):
-        delta = r[:, t] + gamma * nextvalues - v[:, t]
-        lastgaelam_ = delta + gamma * lam * lastgaelam
-        nextvalues = v[:, t] * m[:, t] + (1 - m[:, t]) * nextvalues
-        lastgaelam = lastgaelam_ * m[:, t] + (1 - m[:, t]) * lastgaelam
-        reversed_advantages.append(lastgaelam)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
-    returns = advantages + v
-    result = gae(rewards, values, cu, gamma=gamma, gae_lambda=lam, mask=mask)
-    for i in range(2):
-        keep = mask.split(lengths)[i]
-        for ours, theirs in ((result.advantages, advantages), (result.returns, returns)):
-            part = ours.split(lengths)[i]
-            torch.testing.assert_close(part[keep], theirs[i, : lengths[i]][keep])
-            assert (part[~keep] == 0).all()
-
-
-def test_openrlhf_loop_zeroes_masked_slots(rng):
-    lengths = [12, 9]
-    rewards, values, cu = packed(lengths, rng)
-    mask = tool_masks(rng, lengths)
-    r, v, m = (padded(x, lengths) for x in (rewards, values, mask.double()))
-    v, r = m * v, m * r
-    gamma, lam, lastgaelam, reversed_advantages = 0.97, 0.9, 0, []
-    for t in reversed(range(r.shape[1])):
-        nextvalues = v[:, t + 1] if t < r.shape[1] - 1 else 0.0
-        delta = r[:, t] + gamma * nextvalues - v[:, t]
-        lastgaelam = delta + gamma * lam * lastgaelam
-        reversed_advantages.append(lastgaelam)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
-    result = gae(
-        rewards, values, cu, gamma=gamma, gae_lambda=lam, mask=mask, mask_mode="dense-zero"
-    )
-    for i in range(2):
-        keep = mask.split(lengths)[i]
-        part = result.advantages.split(lengths)[i]
-        torch.testing.assert_close(part[keep], advantages[i, : lengths[i]][keep])
-        assert (part[~keep] == 0).all()
 
 
 @pytest.mark.parametrize("mode", ["carry", "dense-zero"])
@@ -373,26 +306,40 @@ def test_not_contiguous_inputs(rng):
     assert torch.equal(gae(*strided, cu, gamma=0.9, gae_lambda=0.9).returns, expected.returns)
 
 
-def test_custom_op(rng):
-    rewards, values, cu = packed([30, 0, 7], rng, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "given", [(), *((i,) for i in range(6)), tuple(range(6))], ids=lambda given: f"{given}"
+)
+def test_custom_op(given, dtype, rng):
+    """None, each alone, all: rewards, mask, bootstrap, kl, scores, discounts."""
+    rewards, values, cu = packed([30, 0, 7], rng, dtype)
     mask = torch.rand(37, generator=rng) < 0.5
     discounts = torch.rand(3, 3, generator=rng, dtype=torch.float64)
-    for optional in ((None,) * 6, (rewards, mask, rewards[:3], values, values[:3], discounts)):
-        torch.library.opcheck(
-            torch.ops.fastppo.gae.default,
-            (values, cu, *optional, 0.9, 0.8, 1.0, 0.1, "carry", True),
-        )
+    tensors = rewards, mask, rewards[:3], values, values[:3], discounts
+    optional = [x if i in given else None for i, x in enumerate(tensors)]
+    critic, mode, norm_adv, hint = 1.0, MODES[len(given) % 3], bool(given), 30
+    if 0 in given:
+        critic, hint = None, None
+    torch.library.opcheck(
+        torch.ops.fastppo.gae.default,
+        (values, cu, *optional, 0.9, 0.8, critic, 0.1, mode, norm_adv, hint),
+    )
 
 
 def test_compiles_without_a_graph_break(rng):
     rewards, values, cu = packed([30, 7], rng, torch.float32)
 
-    def both(r, v):
-        advantages, returns = gae(r, v, cu, gamma=0.9, gae_lambda=0.8, scores=torch.ones(2))
-        return advantages + returns
+    def both(r, v, longest):
+        options = {"gamma": 0.9, "gae_lambda": 0.8, "scores": torch.ones(2), "norm_adv": True}
+        advantages, returns = gae(r, v, cu, max_seqlen=longest, **options)
+        return advantages + returns + discounted_returns(r, cu, gamma=0.9, max_seqlen=longest)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(rewards, values), both(rewards, values))
+    expected = both(rewards, values, 30)
+    assert torch.equal(compiled(rewards, values, 30), expected)
+    assert torch.equal(compiled(rewards, values, 31), expected)  # torch sees that it varies
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(rewards, values, 32), expected)
 
 
 @pytest.mark.parametrize(
@@ -421,6 +368,8 @@ def test_compiles_without_a_graph_break(rng):
             "cu_seqlens: expected device cpu, got meta",
         ),
         ({"values": torch.zeros(4, dtype=torch.int64)}, TypeError, "values: expected dtype"),
+        ({"max_seqlen": 3}, ValueError, "max_seqlen: expected at least 4, .* got 3"),
+        ({"max_seqlen": 4.0}, TypeError, "max_seqlen: expected an int, got float"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

@@ -98,6 +98,12 @@ def test_custom_op(rng):
             torch.ops.fastppo.gae_classic.default,
             (rewards, values, next_value, terminated, *optional, 0.9, 0.8),
         )
+
+    def returns(r, v):
+        return gae_classic(r, v, next_value, terminated, gamma=0.9, gae_lambda=0.8).returns
+
+    compiled = torch.compile(returns, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rewards, values), returns(rewards, values))
     strided = values.t().contiguous().t()
     options = {"gamma": 0.9, "gae_lambda": 0.8}
     expected = gae_classic(rewards, values, next_value, terminated, **options)

@@ -77,12 +77,18 @@ def test_impossible_samples_stay_finite():
 
 
 def test_vtrace_custom_op(rng):
-    (rewards, values, ratios, _, cu), mask, bootstrap = inputs(rng, torch.float32)
+    (rewards, values, logprobs, behaviour, cu), mask, bootstrap = inputs(rng, torch.float32)
     for optional in ((None, None), (mask, bootstrap)):
         torch.library.opcheck(
             torch.ops.fastppo.vtrace.default,
-            (rewards, values, ratios.exp(), cu, *optional, 0.9, 0.8, 1.0, 1.0),
+            (rewards, values, logprobs, behaviour, cu, *optional, 0.9, 0.8, 1.0, 1.0, 70),
         )
+
+    def advantages(r, v):
+        return vtrace(r, v, logprobs, behaviour, cu, gamma=0.9, mask=mask).advantages
+
+    compiled = torch.compile(advantages, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rewards, values), advantages(rewards, values))
 
 
 def test_vtrace_names_bad_arguments():
@@ -97,6 +103,10 @@ def test_vtrace_names_bad_arguments():
         vtrace(z, z, z, z, cu, gamma=2.0)
     with pytest.raises(TypeError, match="mask: expected dtype bool"):
         vtrace(z, z, z, z, cu, gamma=1.0, mask=z)
+    with pytest.raises(ValueError, match=r"cu_seqlens\[0\] = 0, got 1"):
+        vtrace(z, z, z, z, torch.tensor([1, 4]), gamma=1.0)
+    with pytest.raises(ValueError, match="max_seqlen: expected at least 4"):
+        vtrace(z, z, z, z, cu, gamma=1.0, max_seqlen=3)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -111,3 +121,7 @@ def test_discounted_returns(masked, rng):
     assert sums.tolist() == [3, 2, 1, 4, 3, 2, 1]
     with pytest.raises(ValueError, match=r"rewards: expected shape \(N,\), got \(2, 2\)"):
         discounted_returns(torch.zeros(2, 2), torch.tensor([0, 2]), gamma=1.0)
+    with pytest.raises(ValueError, match="max_seqlen: expected at least 2"):
+        discounted_returns(torch.zeros(2), torch.tensor([0, 2]), gamma=1.0, max_seqlen=1)
+    with pytest.raises(ValueError, match=r"cu_seqlens: .*rows 2, got 3"):
+        discounted_returns(torch.zeros(2), torch.tensor([0, 3]), gamma=1.0)

@@ -56,6 +56,19 @@ def test_equal_entries_become_zero(value):
     assert whiten(torch.full((1003,), value)).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_custom_op(dtype, masked, rng):
+    x = torch.randn(50, generator=rng).to(dtype).requires_grad_()
+    mask = torch.rand(50, generator=rng) < 0.5 if masked else None
+    for shift_mean in (True, False):
+        op = torch.ops.fastppo.whiten.default
+        torch.library.opcheck(op, (x.detach(), mask, shift_mean))
+    compiled = torch.compile(whiten, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, mask), whiten(x, mask))
+    assert not whiten(x, mask).requires_grad
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="mask: expected dtype bool, got float32"):
         whiten(torch.zeros(3), torch.ones(3))
