@@ -52,7 +52,7 @@ def test_huber_is_quadratic_near_and_linear_far():
 def test_custom_op(rng):
     v, old, returns, w = inputs(30, rng)
     for optional in ((None, None), (0.2, None), (0.2, 0.5)):
-        torch.library.opcheck(torch.ops.fastppo.value_rows.default, (v, old, returns, w, *optional))
+        torch.library.opcheck(torch.ops.fastppo.value_loss.default, (v, old, returns, w, *optional))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo
