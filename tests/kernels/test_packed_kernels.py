@@ -1,5 +1,4 @@
-"""The GAE scan and the value loss: interpreted, each in a process of its own, and compiled ahead of
-time for each GPU.
+"""The GAE scan: interpreted, in a process of its own, and compiled ahead of time for each GPU.
 
 Triton decides at import whether kernels are interpreted, so the two cannot share a process.
 """
@@ -17,7 +16,6 @@ import pytest
 pytest.importorskip("triton")
 
 import triton
-from fastppo_kernels import value_loss
 from fastppo_kernels.gae import LAUNCH, gae_blocks_kernel, gae_fwd_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -34,7 +32,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("name", ["gae", "value_loss"])
+@pytest.mark.parametrize("name", ["gae"])
 def test_under_the_interpreter(root, name):
     tests = root / "tests" / "kernels" / "interpreted" / f"test_{name}.py"
     run = subprocess.run(
@@ -86,14 +84,3 @@ def test_gae_compiles_without_spills(target, full, tmp_path):
     assert spilled_bytes(gae_blocks_kernel, target, tmp_path, constants, LAUNCH.num_warps) == 0
     constants["CHUNK"] = LAUNCH.chunk
     assert spilled_bytes(gae_fwd_kernel, target, tmp_path, constants, LAUNCH.num_warps) == 0
-
-
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
-def test_value_loss_compiles_without_spills(target, tmp_path):
-    launch = value_loss.LAUNCH
-    kernels = {
-        value_loss.value_rows_kernel: {"CLIP": True, "HUBER": True, "BLOCK": launch.block},
-        value_loss.value_metrics_kernel: {"CHUNK": launch.chunk},
-    }
-    for kernel, constants in kernels.items():
-        assert spilled_bytes(kernel, target, tmp_path, constants, launch.num_warps) == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; run by test_packed_kernels.py", allow_module_level=True)
+    pytest.skip("needs TRITON_INTERPRET=1; run by test_interpreted.py", allow_module_level=True)
 
 from fastppo_kernels.value_loss import Launch, value_loss
 
