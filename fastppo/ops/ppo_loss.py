@@ -136,7 +136,8 @@ class _PPOLoss(torch.autograd.Function):
         tensors = (logprobs, entropy, *inputs, cu_seqlens)
         loss, g, h, metrics = ppo_loss_op(*tensors, *config_arguments(config))
         ctx.save_for_backward(g, h)
-        ctx.dtypes = logprobs.dtype, None if config.ent_coef == 0 else entropy.dtype
+        ctx.dtypes = logprobs.dtype, None if entropy is None else entropy.dtype
+        ctx.has_entropy_grad = config.ent_coef != 0
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
@@ -146,7 +147,7 @@ class _PPOLoss(torch.autograd.Function):
         ctx: Any, grad: Tensor, _: Tensor
     ) -> tuple[Tensor, Tensor | None, None, None, None]:
         g, h = ctx.saved_tensors
-        entropy_grad = None if ctx.dtypes[1] is None else (grad * h).to(ctx.dtypes[1])
+        entropy_grad = (grad * h).to(ctx.dtypes[1]) if ctx.has_entropy_grad else None
         return (grad * g).to(ctx.dtypes[0]), entropy_grad, None, None, None
 
 

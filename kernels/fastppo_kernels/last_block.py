@@ -102,7 +102,8 @@ def _create(device: torch.device) -> Counters:
 
 
 def arrival_counter(device: torch.device) -> Tensor:
-    """An int32 tensor whose first element is 0 when the next launch on the current stream starts.
+    """An int32 tensor whose first element is 0 when the next launch on the current stream starts,
+    for the device of a tensor.
 
     One per stream, because launches of one stream follow one another. A launch that is captured in
     a CUDA graph gets one of its own, since the graph may run in any stream, beside other graphs;
@@ -111,12 +112,11 @@ def arrival_counter(device: torch.device) -> Tensor:
     """
     if device.type == "cuda":
         capturing = torch.cuda.is_current_stream_capturing()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        counters = _counters.get(index)
+        counters = _counters.get(device.index)
         if counters is None and not capturing:
             with _creation:
-                counters = _counters.get(index) or _create(device)
-                _counters[index] = counters
+                counters = _counters.get(device.index) or _create(device)
+                _counters[device.index] = counters
         if counters is not None:
             stream = torch.cuda.current_stream(device).cuda_stream
             counter = counters.new() if capturing else counters.of_stream(stream)
