@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fastppo import _C
 from fastppo.ops import (
     PPO_METRIC_NAMES,
     PPOLossConfig,
@@ -368,3 +369,26 @@ def test_bad_shapes_are_named():
         ppo_loss(z, z, z, z, PPOLossConfig(), entropy=z[:1])
     with pytest.raises(TypeError, match="config: expected a PPOLossConfig, got dict"):
         ppo_loss(z, z, z, z, {})
+
+
+def test_the_extension_refuses_other_arrays():
+    x, entries = torch.zeros(3).numpy(), torch.zeros(20).double().numpy()
+    numbers = dict.fromkeys(("low", "high", "kl_coef", "ent_coef", "is_cap", "is_low"), 1.0)
+    numbers |= {"dual_clip": math.inf, "kl": 3, "correction": 0, "is_high": 1.0}
+    good = [entries, x.copy(), None, x, None, x, x, x, None, None]
+    for at, bad, message in (
+        (7, x[:2], "weights: expected 3 contiguous float32, got 2 of format 'f' in 1 dimensions"),
+        (
+            5,
+            x.astype("float64"),
+            "old_logprobs: expected 3 contiguous float32, got 3 of .*'d'",
+        ),
+        (8, torch.zeros(6).numpy()[::2], "ref_logprobs: expected 3 contiguous float32"),
+        (0, entries[:19], "entries: expected 20 writable contiguous float64, got 19"),
+        (6, None, "advantages: expected 3 contiguous float32, got NoneType"),
+    ):
+        arguments = [*good[:at], bad, *good[at + 1 :]]
+        with pytest.raises((TypeError, ValueError), match=message):
+            _C.ppo_loss(*arguments, **numbers)
+    _C.ppo_loss(*good, **numbers)
+    assert entries[1] == 0.0
