@@ -5,4 +5,5 @@ PYBIND11_MODULE(_C, m) {
   fastppo::register_pack(m);
   fastppo::register_balance(m);
   fastppo::register_gae(m);
+  fastppo::register_ppo_loss(m);
 }

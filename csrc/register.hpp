@@ -9,5 +9,6 @@ namespace fastppo {
 void register_pack(pybind11::module_& m);
 void register_balance(pybind11::module_& m);
 void register_gae(pybind11::module_& m);
+void register_ppo_loss(pybind11::module_& m);
 
 }  // namespace fastppo

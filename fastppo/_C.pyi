@@ -132,3 +132,36 @@ def gae_classic(
 ) -> None:
     """What `fastppo.ops.gae_classic` says, with the arrays and errors of `gae`, all of them flat:
     steps·envs elements, and envs of them in `next_value`."""
+
+def ppo_loss(
+    entries: Any,
+    logprob_grad: Any,
+    entropy_grad: Any,
+    logprobs: Any,
+    entropy: Any,
+    old_logprobs: Any,
+    advantages: Any,
+    weights: Any,
+    ref_logprobs: Any,
+    rollout_logprobs: Any,
+    *,
+    low: float,
+    high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl: int,
+    ent_coef: float,
+    correction: int,
+    is_cap: float,
+    is_low: float,
+    is_high: float,
+) -> None:
+    """What `fastppo.ops.ppo_loss` says, for token-level ratios, from contiguous (N,) arrays of one
+    element type, that of `logprobs` (float32 or float64): the loss and PPO_METRIC_NAMES into
+    `entries` (20,) float64, and the gradients. May be None: entropy_grad, entropy, ref_logprobs,
+    rollout_logprobs. dual_clip: infinity for none. kl: 1, 2 or 3. correction: 0 none, 1 TIS, 2
+    IcePop.
+
+    Raises:
+        TypeError, ValueError: an array of the wrong type, size or layout.
+    """

@@ -41,7 +41,8 @@ def kl_and_slope(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
     if estimator == "k2":
         return d.square() / 2, d
     growth = torch.expm1((-d).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    return growth + d, torch.where(d.abs() <= LOG_RATIO_LIMIT, -growth, 1.0)
+    # Not <=: a NaN has to reach the gradient and be seen there.
+    return growth + d, torch.where(d.abs() > LOG_RATIO_LIMIT, 1.0, -growth)
 
 
 class _KLPenalty(torch.autograd.Function):

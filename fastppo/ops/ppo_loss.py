@@ -28,8 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from fastppo.ops._checks import check_rows, check_tensor
 from fastppo.ops._ppo_config import PPOLossConfig
+from fastppo.ops._ppo_loss_op import config_arguments, ppo_loss_op
 from fastppo.ops._ppo_metrics import PPO_METRIC_NAMES
-from fastppo.ops._ppo_rows import PPOInputs, PPORows, check_ppo_inputs, ppo_rows
+from fastppo.ops._ppo_rows import PPOInputs, check_ppo_inputs
 from fastppo.ops._segments import segment_ids
 from fastppo.ops.kl_penalty import LOG_RATIO_LIMIT, kl_penalty_reference
 
@@ -122,11 +123,6 @@ def ppo_loss_reference(
     return PPOLoss(loss, metrics.detach())
 
 
-def _implementation(device: torch.device) -> Callable[..., PPORows]:
-    """Loss, gradients and metrics in one call, for a device; the one place that chooses."""
-    return ppo_rows
-
-
 class _PPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,11 +133,13 @@ class _PPOLoss(torch.autograd.Function):
         config: PPOLossConfig,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        rows = _implementation(logprobs.device)(logprobs, entropy, inputs, config, cu_seqlens)
-        ctx.save_for_backward(rows.logprob_grad, rows.entropy_grad)
+        tensors = (logprobs, entropy, *inputs, cu_seqlens)
+        loss, g, h, metrics = ppo_loss_op(*tensors, *config_arguments(config))
+        ctx.save_for_backward(g, h)
         ctx.dtypes = logprobs.dtype, None if entropy is None else entropy.dtype
-        ctx.mark_non_differentiable(rows.metrics)
-        return rows.loss, rows.metrics
+        ctx.has_entropy_grad = config.ent_coef != 0
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
 
     @staticmethod
     @once_differentiable
@@ -149,7 +147,7 @@ class _PPOLoss(torch.autograd.Function):
         ctx: Any, grad: Tensor, _: Tensor
     ) -> tuple[Tensor, Tensor | None, None, None, None]:
         g, h = ctx.saved_tensors
-        entropy_grad = None if h is None else (grad * h).to(ctx.dtypes[1])
+        entropy_grad = (grad * h).to(ctx.dtypes[1]) if ctx.has_entropy_grad else None
         return (grad * g).to(ctx.dtypes[0]), entropy_grad, None, None, None
 
 

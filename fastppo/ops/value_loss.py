@@ -178,12 +178,12 @@ def reduce_value_metrics(vectors: Tensor | Sequence[Tensor]) -> dict[str, Tensor
 
 
 @torch.library.custom_op(
-    "fastppo::value_rows",
+    "fastppo::value_loss",
     mutates_args=(),
     schema="(Tensor values, Tensor? old_values, Tensor returns, Tensor weights, float? clip, "
     "float? huber) -> (Tensor, Tensor, Tensor)",
 )
-def value_rows_op(
+def value_loss_op(
     values: Tensor,
     old_values: Tensor | None,
     returns: Tensor,
@@ -196,8 +196,14 @@ def value_rows_op(
     return loss, grad, metrics
 
 
-@value_rows_op.register_kernel("cuda")
-def value_rows_triton(
+@value_loss_op.register_fake
+def _(values: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    grad = values.new_empty(values.shape, dtype=compute_dtype(values))
+    return grad.new_empty(()), grad, grad.new_empty(len(VALUE_METRIC_NAMES), dtype=torch.float32)
+
+
+@value_loss_op.register_kernel("cuda")
+def value_loss_triton(
     values: Tensor,
     old_values: Tensor | None,
     returns: Tensor,
@@ -205,26 +211,19 @@ def value_rows_triton(
     clip: float | None,
     huber: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches: tokens, then the blocks' metrics. float64, for gradcheck, in torch: numbers
-    reach a kernel as float32."""
+    """One launch. float64, for gradcheck, in torch: numbers reach a kernel
+    as float32."""
     if values.dtype == torch.float64:
         loss, grad, metrics = value_rows(values, old_values, returns, weights, clip, huber)
         return loss, grad, metrics
     from fastppo_kernels import value_loss
 
-    return value_loss.value_rows(values, old_values, returns, weights, clip, huber)
-
-
-@value_rows_op.register_fake
-def _(values: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(values)
-    metrics = values.new_empty(len(VALUE_METRIC_NAMES), dtype=torch.float32)
-    return values.new_empty((), dtype=dtype), torch.empty_like(values, dtype=dtype), metrics
+    return value_loss.value_loss(values, old_values, returns, weights, clip, huber)
 
 
 def _implementation(device: torch.device) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Loss, gradient and metrics in one call, for a device; the one place that chooses."""
-    return value_rows_op if device.type == "cuda" else value_rows
+    return value_loss_op if device.type == "cuda" else value_rows
 
 
 class _ValueLoss(torch.autograd.Function):

@@ -297,5 +297,6 @@ RULES: Mapping[str, _Rule] = {
     "fastppo::token_logprobs_bwd_": _logits(True),
     "fastppo::ppo_rows_": _logits(True),
     **dict.fromkeys(("fastppo::gae", "fastppo::gae_classic", "fastppo::vtrace"), _scan(12)),
-    "fastppo::value_rows": _rows(20),
+    "fastppo::ppo_loss": _scan(80),
+    "fastppo::value_loss": _rows(20),
 }

@@ -11,13 +11,17 @@ from torch import Tensor
 from fastppo_kernels.aot import record
 from fastppo_kernels.aot_scan_cases import scan_launches
 from fastppo_kernels.launch import Call
+from fastppo_kernels.ppo_loss import ppo_loss
 from fastppo_kernels.ppo_rows import PPOKnobs, ppo_rows
 from fastppo_kernels.token_logprobs import token_logprobs_bwd_out, token_logprobs_fwd
+from fastppo_kernels.value_loss import value_loss
 
 ROWS = 32
 # One vocabulary per entry of the launch tables; then one that divides by no power of two, in rows
 # padded to 16 elements as the linear ops pad theirs.
 VOCABS = (1024, 16384, 151936, 50257)
+# The losses must not count on a number of tokens that divides by anything.
+TOKENS = 65_537
 
 
 def meta_logits(vocab: int, dtype: torch.dtype) -> Tensor:
@@ -37,8 +41,8 @@ def _token_logprobs(vocab: int, dtype: torch.dtype, options: bool) -> None:
     token_logprobs_bwd_out(logits, targets, stats, _rows(), _rows(), tau, softcap, out=logits)
 
 
-def _ppo_rows(vocab: int, dtype: torch.dtype, options: bool) -> None:
-    knobs = PPOKnobs(
+def _knobs(options: bool) -> PPOKnobs:
+    return PPOKnobs(
         low=0.8,
         high=1.2,
         dual_clip=3.0 if options else float("inf"),
@@ -50,6 +54,10 @@ def _ppo_rows(vocab: int, dtype: torch.dtype, options: bool) -> None:
         kl=3,
         correction=1 if options else 0,
     )
+
+
+def _ppo_rows(vocab: int, dtype: torch.dtype, options: bool) -> None:
+    knobs = _knobs(options)
     ref, rollout = (_rows(), _rows()) if options else (None, None)
     tau, softcap = (_rows(), 30.0) if options else (1.0, None)
     logits, targets = meta_logits(vocab, dtype), _rows(torch.int64)
@@ -69,8 +77,16 @@ def _ppo_rows(vocab: int, dtype: torch.dtype, options: bool) -> None:
     )
 
 
+def _losses(dtype: torch.dtype, options: bool) -> None:
+    x = torch.empty(TOKENS, dtype=dtype, device="meta")
+    optional = x if options else None
+    ppo_loss(x, optional, x, x, x, optional, optional, _knobs(options))
+    clip, huber = (0.2, 1.0) if options else (None, None)
+    value_loss(x, optional, x, x, clip, huber)
+
+
 def cases() -> dict[str, Call]:
-    """Launches by "kernel dtype vocabulary [options]", and by "kernel plan [options]" for scans."""
+    """Launches by "kernel dtype [vocabulary] [options]"; of scans by "kernel plan [options]"."""
     found: dict[str, Call] = {}
 
     def add(suffix: str, launcher: Callable[[], object]) -> None:
@@ -85,4 +101,7 @@ def cases() -> dict[str, Call]:
         add("bf16 151936 options", partial(op, 151936, torch.bfloat16, True))
     for suffix, launcher in scan_launches():
         add(suffix, launcher)
+    add("fp32", partial(_losses, torch.float32, False))
+    add("fp32 options", partial(_losses, torch.float32, True))
+    add("bf16 options", partial(_losses, torch.bfloat16, True))
     return found

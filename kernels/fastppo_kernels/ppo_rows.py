@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastppo_kernels.launch import choose, launch
+from fastppo_kernels.ppo_math import NUM_ENTRIES, ppo_terms
 from fastppo_kernels.row_math import (
     LOG2_E,
     gradient_factors,
@@ -37,9 +38,6 @@ from fastppo_kernels.row_math import (
     write_gradient,
 )
 from fastppo_kernels.token_logprobs import STATISTICS_LAUNCHES, check_logits
-
-# Exponents of ratios and of the KL estimate are clamped to ± this.
-LIMIT = tl.constexpr(20.0)
 
 ENTRIES = (
     "loss",
@@ -95,30 +93,6 @@ class PPOKnobs:
 
 
 @triton.jit
-def clamp(x, limit):
-    """x within ± limit; NaN stays NaN."""
-    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
-
-
-@triton.jit
-def expm1(x):
-    """e^x − 1, by its series near 0."""
-    series = 1.0 + x / 7.0
-    series = 1.0 + x / 6.0 * series
-    series = 1.0 + x / 5.0 * series
-    series = 1.0 + x / 4.0 * series
-    series = 1.0 + x / 3.0 * series
-    series = 1.0 + x / 2.0 * series
-    return tl.where(tl.abs(x) < 0.25, x * series, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def k3(x):
-    """e^x − 1 − x, the k3 estimate of KL(p‖q) with x = ln q − ln p at samples of p."""
-    return expm1(clamp(x, LIMIT)) - x
-
-
-@triton.jit
 def ppo_rows_kernel(
     logits_ptr,
     targets_ptr,
@@ -167,91 +141,43 @@ def ppo_rows_kernel(
 
     w = tl.load(weights_ptr + row).to(tl.float32)
     valid = w != 0
-    nan = float("nan")
-    lp = tl.where(valid, logprob, 0.0)
-    ent = tl.where(valid, entropy, 0.0)
-    old = tl.where(valid, tl.load(old_ptr + row).to(tl.float32), 0.0)
-    adv = tl.where(valid, tl.load(advantages_ptr + row).to(tl.float32), 0.0)
-
-    log_ratio = lp - old
-    r = tl.exp(clamp(log_ratio, LIMIT))
-    inside = tl.where(r < low, low, tl.where(r > high, high, r))
-    unclipped, clipped = -adv * r, -adv * inside
-    # Not >=: a NaN has to reach the gradient and be seen there.
-    cut = unclipped < clipped
-    pg = tl.where(cut, clipped, unclipped)
-    bound = -adv * dual_clip
-    bounded = (adv < 0) & (pg > bound)
-    pg = tl.where(bounded, bound, pg)
-    active = (cut | bounded | (tl.abs(log_ratio) > LIMIT)) == 0
-
-    is_weight = 1.0
-    is_cut = w != w
-    drift = nan
-    drift_kl = nan
+    ref = 0.0
+    if HAS_REF:
+        ref = tl.where(valid, tl.load(ref_ptr + row).to(tl.float32), 0.0)
+    rollout = 0.0
     if HAS_ROLLOUT:
         rollout = tl.where(valid, tl.load(rollout_ptr + row).to(tl.float32), 0.0)
-        drift = tl.abs(lp - rollout)
-        drift_kl = k3(lp - rollout)
-        if CORRECTION != 0:
-            is_weight = tl.exp(clamp(old - rollout, LIMIT))
-            if CORRECTION == 1:
-                is_cut = is_weight > is_cap
-                is_weight = tl.where(is_cut, is_cap, is_weight)
-            else:
-                is_cut = (is_weight < is_low) | (is_weight > is_high)
-                is_weight = tl.where(is_cut, 0.0, is_weight)
-
-    policy_loss = w * is_weight * pg
-    g = tl.where(active, -adv * r * is_weight * w, 0.0)
-    kl_loss = 0.0
-    ref_kl = nan
-    if HAS_REF:
-        d = lp - tl.where(valid, tl.load(ref_ptr + row).to(tl.float32), 0.0)
-        ref_kl = k3(-d)
-        if HAS_KL:
-            if KL == 1:
-                kl_loss = kl_coef * w * d
-                g += kl_coef * w
-            elif KL == 2:
-                kl_loss = kl_coef * w * (d * d / 2.0)
-                g += kl_coef * w * d
-            else:
-                kl_loss = kl_coef * w * ref_kl
-                slope = tl.where(tl.abs(d) > LIMIT, 1.0, -expm1(clamp(-d, LIMIT)))
-                g += kl_coef * w * slope
-    h = 0.0
-    if HAS_ENTROPY_GRAD:
-        h = -ent_coef * w
-
-    # A row that does not count has r = 1 and A = 0: outside no bound.
-    below, above = r < low, r > high
-    one = tl.where(valid, 1.0, 0.0)
+    terms = ppo_terms(
+        tl.where(valid, logprob, 0.0),
+        tl.where(valid, entropy, 0.0),
+        tl.where(valid, tl.load(old_ptr + row).to(tl.float32), 0.0),
+        tl.where(valid, tl.load(advantages_ptr + row).to(tl.float32), 0.0),
+        w,
+        ref,
+        rollout,
+        low,
+        high,
+        dual_clip,
+        kl_coef,
+        ent_coef,
+        is_cap,
+        is_low,
+        is_high,
+        HAS_REF,
+        HAS_ROLLOUT,
+        HAS_KL,
+        KL,
+        CORRECTION,
+        HAS_ENTROPY_GRAD,
+    )
     at = entries_ptr + row
-    tl.store(at, policy_loss + kl_loss - ent_coef * w * ent)
-    tl.store(at + 1 * stride_entry, one)
-    tl.store(at + 2 * stride_entry, policy_loss)
-    tl.store(at + 3 * stride_entry, kl_loss)
-    tl.store(at + 4 * stride_entry, (below | above).to(tl.float32))
-    tl.store(at + 5 * stride_entry, (below & (adv < 0)).to(tl.float32))
-    tl.store(at + 6 * stride_entry, (above & (adv > 0)).to(tl.float32))
-    tl.store(at + 7 * stride_entry, bounded.to(tl.float32))
-    tl.store(at + 8 * stride_entry, k3(log_ratio))
-    tl.store(at + 9 * stride_entry, -log_ratio)
-    tl.store(at + 10 * stride_entry, ent)
-    tl.store(at + 11 * stride_entry, one * r)
-    tl.store(at + 12 * stride_entry, one * r * r)
-    tl.store(at + 13 * stride_entry, ref_kl)
-    tl.store(at + 14 * stride_entry, drift)
-    tl.store(at + 15 * stride_entry, drift_kl)
-    tl.store(at + 16 * stride_entry, one * is_weight)
-    tl.store(at + 17 * stride_entry, one * is_cut.to(tl.float32))
-    tl.store(at + 18 * stride_entry, one * r)
-    tl.store(at + 19 * stride_entry, drift)
+    for i in tl.static_range(NUM_ENTRIES):
+        tl.store(at + i * stride_entry, terms[2 + i])
 
     if NEEDS_GRAD:
         # Every thread has read the row, the target's logit included, before one writes to it.
         tl.debug_barrier()
+        g, h = terms[0], terms[1]
         live = valid & ((g != 0) | (h != 0))
         at_target, constant, slope = gradient_factors(g, h, entropy, log_sum, tau)
         steps = tl.cdiv(vocab, BLOCK)

@@ -6,44 +6,29 @@ N tokens. With v the values, R the returns, w the weights, ε the clip, and
     loss = Σ_t w_t·max( ρ(v − R), ρ(clip(v, v_old − ε, v_old + ε) − R) )
     ∂loss/∂v = w·ρ'(v − R), or 0 where the clipped branch is the larger one
 
-`value_rows_kernel` writes the gradient and, for each block of tokens, the eight metrics of that
-block (means and second moments around them); `value_metrics_kernel`, one program, combines the
-blocks in their order. No atomics: same input, same bits.
+One launch: every program writes the gradient of a block of tokens and the metrics of that block
+(means and second moments around them), and the last one to finish combines the blocks in their
+order; see `last_block`. No float atomics: same input, same bits.
 
 Bytes per token, fp32: v, v_old, R, w read (16) + gradient written (4).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastppo_kernels.last_block import arrival_counter, four, is_last, load_valid
+from fastppo_kernels.launch import Launch, check_device, launch
+
 NUM_METRICS = 8
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Tokens per program, block vectors combined at a time, warps. Not measured on a GPU yet."""
-
-    block: int = 1024
-    chunk: int = 256
-    num_warps: int = 4
-
-
-LAUNCH = Launch()
+# 128 programs at 65,536 tokens, one wave on an H200. Not measured on a GPU yet.
+LAUNCH = Launch(block=512, num_warps=4)
+# Blocks that the last program combines at a time.
+CHUNK = 256
 ALL = tl.constexpr(tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _moments(x, valid, count):
-    """Mean and Σ(x − mean)² over the valid entries."""
-    mean = tl.sum(x, axis=0) / tl.maximum(count, 1.0)
-    centred = tl.where(valid, x - mean, 0.0)
-    return mean, tl.sum(centred * centred, axis=0)
 
 
 @triton.jit
@@ -55,29 +40,66 @@ def _twice_rho(x, huber, HUBER: tl.constexpr):
     return x * x
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def value_rows_kernel(
+@triton.jit
+def _combine_blocks(loss_ptr, metrics_ptr, blocks_ptr, num_blocks, CHUNK: tl.constexpr):
+    """Sums add; means and second moments combine by Chan's rule."""
+    sum_rows, mean_rows = tl.arange(0, 4), 4 + 2 * tl.arange(0, 2)
+    sums_ptr = blocks_ptr + sum_rows.to(tl.int64)[:, None] * num_blocks
+    means_ptr = blocks_ptr + mean_rows.to(tl.int64)[:, None] * num_blocks
+    lane = tl.arange(0, CHUNK)
+    counts = tl.zeros([CHUNK], tl.float32)
+    sums = tl.zeros([4, CHUNK], tl.float32)
+    weighted = tl.zeros([2, CHUNK], tl.float32)
+    for start in range(0, num_blocks, CHUNK):
+        at = start + lane
+        there = at < num_blocks
+        n = tl.load(blocks_ptr + at, mask=there, other=0.0)
+        counts += n
+        sums += tl.load(sums_ptr + at[None, :], mask=there[None, :], other=0.0)
+        weighted += n[None, :] * tl.load(means_ptr + at[None, :], mask=there[None, :], other=0.0)
+    mean = tl.sum(weighted, axis=1) / tl.maximum(tl.sum(counts, axis=0), 1.0)
+    m2s = tl.zeros([2, CHUNK], tl.float32)
+    for start in range(0, num_blocks, CHUNK):
+        at = start + lane
+        there = at < num_blocks
+        n = tl.load(blocks_ptr + at, mask=there, other=0.0)
+        away = tl.load(means_ptr + at[None, :], mask=there[None, :], other=0.0) - mean[:, None]
+        m2s += tl.load(means_ptr + num_blocks + at[None, :], mask=there[None, :], other=0.0)
+        m2s += n[None, :] * away * away
+    total = tl.sum(sums, axis=1)
+    tl.store(loss_ptr + sum_rows - 1, total, mask=sum_rows == 1)
+    tl.store(metrics_ptr + sum_rows, total)
+    tl.store(metrics_ptr + mean_rows, mean)
+    tl.store(metrics_ptr + mean_rows + 1, tl.sum(m2s, axis=1))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
+def value_loss_kernel(
+    loss_ptr,  # ()
     grad_ptr,
-    metrics_ptr,  # (blocks, 8)
+    metrics_ptr,  # (8,)
+    blocks_ptr,  # (8, blocks)
+    arrivals_ptr,
     values_ptr,
     old_values_ptr,
     returns_ptr,
     weights_ptr,
     num_tokens,
+    num_blocks,
     clip,
     huber,
     CLIP: tl.constexpr,
     HUBER: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Gradient of each token, metrics of each block."""
     block = tl.program_id(0).to(tl.int64)
     offs = block * BLOCK + tl.arange(0, BLOCK)
     inside = offs < num_tokens
     w = tl.load(weights_ptr + offs, mask=inside, other=0.0).to(tl.float32)
     valid = w != 0.0
-    v = tl.load(values_ptr + offs, mask=valid, other=0.0).to(tl.float32)
-    target = tl.load(returns_ptr + offs, mask=valid, other=0.0).to(tl.float32)
+    v = load_valid(values_ptr, offs, inside, valid)
+    target = load_valid(returns_ptr, offs, inside, valid)
     error = v - target
     size = _twice_rho(error, huber, HUBER)
     slope = error
@@ -85,7 +107,7 @@ def value_rows_kernel(
         slope = tl.where(error > huber, huber, tl.where(error < -huber, -huber, error))
     cut = inside & (offs < 0)
     if CLIP:
-        old = tl.load(old_values_ptr + offs, mask=valid, other=0.0).to(tl.float32)
+        old = load_valid(old_values_ptr, offs, inside, valid)
         moved = tl.maximum(v, old - clip, propagate_nan=ALL)
         moved = tl.minimum(moved, old + clip, propagate_nan=ALL)
         clipped = _twice_rho(moved - target, huber, HUBER)
@@ -94,106 +116,59 @@ def value_rows_kernel(
         slope = tl.where(cut, 0.0, slope)
     tl.store(grad_ptr + offs, (w * slope).to(tl.float32), mask=inside)
 
-    count = tl.sum(valid.to(tl.float32), axis=0)
-    return_mean, return_m2 = _moments(target, valid, count)
-    error_mean, error_m2 = _moments(-error, valid, count)
-    metrics_ptr += block * 8
-    tl.store(metrics_ptr, count)
-    tl.store(metrics_ptr + 1, 0.5 * tl.sum((w * size).to(tl.float32), axis=0))
-    tl.store(metrics_ptr + 2, tl.sum((cut & valid).to(tl.float32), axis=0))
-    tl.store(metrics_ptr + 3, tl.sum(v, axis=0))
-    tl.store(metrics_ptr + 4, return_mean)
-    tl.store(metrics_ptr + 5, return_m2)
-    tl.store(metrics_ptr + 6, error_mean)
-    tl.store(metrics_ptr + 7, error_m2)
+    one = valid.to(tl.float32)
+    both = tl.join(target, -error)
+    mean = tl.sum(both, axis=0) / tl.maximum(tl.sum(one, axis=0), 1.0)
+    centred = tl.where(valid[:, None], both - mean[None, :], 0.0)
+    sums = four(one, 0.5 * w * size, (cut & valid).to(tl.float32), v).reshape(BLOCK, 4)
+    part_ptr = blocks_ptr + block
+    sum_rows, mean_rows = tl.arange(0, 4), 4 + 2 * tl.arange(0, 2)
+    tl.store(part_ptr + sum_rows * num_blocks, tl.sum(sums, axis=0))
+    tl.store(part_ptr + mean_rows * num_blocks, mean)
+    tl.store(part_ptr + (mean_rows + 1) * num_blocks, tl.sum(centred * centred, axis=0))
+    if is_last(arrivals_ptr, num_blocks):
+        _combine_blocks(loss_ptr, metrics_ptr, blocks_ptr, num_blocks, CHUNK)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
-def value_metrics_kernel(
-    loss_ptr,  # ()
-    metrics_ptr,  # (8,)
-    blocks_ptr,  # (blocks, 8)
-    num_blocks,
-    CHUNK: tl.constexpr,
-):
-    """Sums add; means and second moments combine by Chan's rule."""
-    lane = tl.arange(0, CHUNK)
-    zeros = tl.zeros([CHUNK], tl.float32)
-    counts, losses, cuts, values, targets, errors = zeros, zeros, zeros, zeros, zeros, zeros
-    for start in range(0, num_blocks, CHUNK):
-        there = start + lane < num_blocks
-        row = blocks_ptr + (start + lane) * 8
-        n = tl.load(row, mask=there, other=0.0)
-        counts += n
-        losses += tl.load(row + 1, mask=there, other=0.0)
-        cuts += tl.load(row + 2, mask=there, other=0.0)
-        values += tl.load(row + 3, mask=there, other=0.0)
-        targets += n * tl.load(row + 4, mask=there, other=0.0)
-        errors += n * tl.load(row + 6, mask=there, other=0.0)
-    count = tl.sum(counts, axis=0)
-    return_mean = tl.sum(targets, axis=0) / tl.maximum(count, 1.0)
-    error_mean = tl.sum(errors, axis=0) / tl.maximum(count, 1.0)
-    return_m2s, error_m2s = zeros, zeros
-    for start in range(0, num_blocks, CHUNK):
-        there = start + lane < num_blocks
-        row = blocks_ptr + (start + lane) * 8
-        n = tl.load(row, mask=there, other=0.0)
-        away = tl.load(row + 4, mask=there, other=0.0) - return_mean
-        return_m2s += tl.load(row + 5, mask=there, other=0.0) + n * away * away
-        away = tl.load(row + 6, mask=there, other=0.0) - error_mean
-        error_m2s += tl.load(row + 7, mask=there, other=0.0) + n * away * away
-    loss = tl.sum(losses, axis=0)
-    tl.store(loss_ptr, loss)
-    tl.store(metrics_ptr, count)
-    tl.store(metrics_ptr + 1, loss)
-    tl.store(metrics_ptr + 2, tl.sum(cuts, axis=0))
-    tl.store(metrics_ptr + 3, tl.sum(values, axis=0))
-    tl.store(metrics_ptr + 4, return_mean)
-    tl.store(metrics_ptr + 5, tl.sum(return_m2s, axis=0))
-    tl.store(metrics_ptr + 6, error_mean)
-    tl.store(metrics_ptr + 7, tl.sum(error_m2s, axis=0))
-
-
-def value_rows(
+def value_loss(
     values: Tensor,
     old_values: Tensor | None,
     returns: Tensor,
     weights: Tensor,
     clip: float | None,
     huber: float | None,
-    launch: Launch = LAUNCH,
+    table: Launch = LAUNCH,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), gradient (N,), metrics (8,), all float32, of (N,) inputs of any floating dtype."""
+    check_device("values", values)
     n, dtype = values.shape[0], torch.float32
-    grad = torch.empty(n, dtype=dtype, device=values.device)
+    grad = values.new_empty(n, dtype=dtype)
     if n == 0:
-        zeros = torch.zeros(1 + NUM_METRICS, dtype=dtype, device=values.device)
-        return zeros[0].clone(), grad, zeros[1:].clone()
-    blocks = triton.cdiv(n, launch.block)
-    partial = torch.empty((blocks, NUM_METRICS), dtype=dtype, device=values.device)
-    loss = torch.empty((), dtype=dtype, device=values.device)
-    metrics = torch.empty(NUM_METRICS, dtype=torch.float32, device=values.device)
-    tensors = values, old_values if clip is not None else None, returns, weights
-    value_rows_kernel[(blocks,)](
-        grad,
-        partial,
-        *(None if x is None else x.contiguous() for x in tensors),
-        n,
-        0.0 if clip is None else float(clip),
-        0.0 if huber is None else float(huber),
+        return values.new_zeros((), dtype=dtype), grad, values.new_zeros(NUM_METRICS, dtype=dtype)
+    blocks = triton.cdiv(n, table.block)
+    loss = values.new_empty((), dtype=dtype)
+    metrics = values.new_empty(NUM_METRICS, dtype=dtype)
+    launch(
+        value_loss_kernel,
+        (blocks,),
+        table,
+        loss_ptr=loss,
+        grad_ptr=grad,
+        metrics_ptr=metrics,
+        blocks_ptr=values.new_empty((NUM_METRICS, blocks), dtype=dtype),
+        arrivals_ptr=arrival_counter(values.device),
+        values_ptr=values.contiguous(),
+        old_values_ptr=None if old_values is None or clip is None else old_values.contiguous(),
+        returns_ptr=returns.contiguous(),
+        weights_ptr=weights.contiguous(),
+        num_tokens=n,
+        num_blocks=blocks,
+        clip=0.0 if clip is None else float(clip),
+        huber=0.0 if huber is None else float(huber),
         CLIP=clip is not None,
         HUBER=huber is not None,
-        BLOCK=launch.block,
-        num_warps=launch.num_warps,
-        enable_fp_fusion=True,
-    )
-    value_metrics_kernel[(1,)](
-        loss,
-        metrics,
-        partial,
-        blocks,
-        CHUNK=launch.chunk,
-        num_warps=launch.num_warps,
-        enable_fp_fusion=True,
+        BLOCK=table.block,
+        CHUNK=chunk,
     )
     return loss, grad, metrics

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from fastppo_kernels.aot import TARGETS, report
+from fastppo_kernels.aot import TARGETS, compile_call, report
 from fastppo_kernels.aot_cases import VOCABS, cases
 from fastppo_kernels.launch import choose
 from fastppo_kernels.token_logprobs import GRADIENT_LAUNCHES, STATISTICS_LAUNCHES
@@ -45,6 +46,22 @@ def test_compiles_within_limits(name, target):
     assert made.spills == 0
     assert made.registers <= limit["registers"]
     assert made.wide_loads >= limit["wide_loads"]
+
+
+@pytest.mark.parametrize("name", ["ppo_loss fp32", "value_loss fp32"])
+def test_parts_are_released_to_the_last_program(name):
+    """One arrival per program: behind a barrier, acquiring and releasing for the whole device; then
+    a barrier before anything is loaded."""
+    ptx = compile_call(cases()[name], TARGETS["sm_90"]).asm["ptx"]
+    memory = r"bar\.sync|(?:st|ld|atom)\.global\S*"
+    steps = re.findall(memory, ptx)
+    (arrival,) = (i for i, step in enumerate(steps) if step.startswith("atom"))
+    assert steps[arrival] == "atom.global.gpu.acq_rel.add.u32"
+    assert steps[arrival - 1] == "bar.sync"
+    # The result reaches the other threads, the counter is cleared, and only then parts are read.
+    after = steps[arrival + 1 :]
+    assert after[:3] == ["bar.sync", "st.global.b32", "bar.sync"]
+    assert "ld.global" in "".join(after[3:])
 
 
 def test_profile_prints_the_table(capsys, monkeypatch):

@@ -38,8 +38,10 @@ def test_formulas():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_variance_is_exactly_zero(kind):
-    scores = torch.full((21,), 0.3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_no_variance_is_exactly_zero(kind, dtype):
+    """0.1 in float64 is not the rounded mean of 7 of it."""
+    scores = torch.full((21,), 0.1, dtype=dtype)
     ids = torch.arange(21) // 7
     assert (group_advantages(scores, ids, kind=kind) == 0).all()
 
@@ -60,10 +62,47 @@ def test_advantages_of_a_group_sum_to_zero(kind, rng):
     assert abs(float(result.sum())) < 1e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_a_graph_break(kind, rng):
+    """How many groups there are is data, and no shape depends on it."""
+    scores = torch.randn(40, generator=rng)
+    scores[3] = torch.nan
+    ids = torch.randint(9, (40,), generator=rng)
+    compiled = torch.compile(group_advantages, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, groups in ((40, ids), (40, ids // 4), (17, ids)):
+        expected = group_advantages(scores[:n], groups[:n], kind=kind)
+        assert torch.equal(compiled(scores[:n], groups[:n], kind=kind), expected)
+
+
+def test_does_not_depend_on_the_order_of_completions(rng):
+    scores, ids = torch.randn(50, generator=rng), torch.randint(7, (50,), generator=rng)
+    order = torch.randperm(50, generator=rng)
+    for kind in KINDS:
+        result = group_advantages(scores, ids, kind=kind)[order]
+        shuffled = group_advantages(scores[order], ids[order], kind=kind)
+        torch.testing.assert_close(shuffled, result, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtypes(dtype, rng):
+    scores = torch.randn(30, generator=rng).to(dtype)
+    ids = torch.arange(30) // 4
+    for kind in KINDS:
+        result = group_advantages(scores, ids, kind=kind)
+        assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        expected = group_advantages_reference(scores.double(), ids, kind=kind)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-7)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="kind: expected one of grpo, dr_grpo, rloo, reinforce"):
         group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.long), kind="ppo")
     with pytest.raises(TypeError, match="group_ids: .*int32 or int64, got float32"):
         group_advantages(torch.zeros(2), torch.zeros(2), kind="grpo")
+    with pytest.raises(ValueError, match="group_ids: expected device cpu, got meta"):
+        ids = torch.zeros(2, dtype=torch.long, device="meta")
+        group_advantages(torch.zeros(2), ids, kind="grpo")
+    with pytest.raises(TypeError, match="scores: .*got int64"):
+        group_advantages(torch.zeros(2).long(), torch.zeros(2).long(), kind="grpo")
     with pytest.raises(ValueError, match=r"group_ids: expected shape \(2,\), got \(3,\)"):
         group_advantages(torch.zeros(2), torch.zeros(3, dtype=torch.long), kind="grpo")

@@ -57,9 +57,35 @@ def test_k3_is_never_negative_and_never_infinite():
     assert torch.isfinite(k3).all()
 
 
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_nan_reaches_the_gradient(estimator):
+    lp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    ref = torch.tensor([-1.5, torch.nan])
+    kl_penalty(lp, ref, estimator=estimator).sum().backward()
+    assert lp.grad.isnan().tolist() == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_compiles_without_a_graph_break(estimator, rng):
+    lp, ref = torch.randn(2, 30, generator=rng)
+    compiled = torch.compile(kl_penalty, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (30, 7):
+        x, results = lp[:n].detach().requires_grad_(), []
+        for fn in (kl_penalty, compiled):
+            out = fn(x, ref[:n], estimator=estimator)
+            results.append((out, *torch.autograd.grad(out.sum(), x)))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_empty_and_bad_arguments():
     assert kl_penalty(torch.zeros(0), torch.zeros(0), estimator="k3").shape == (0,)
     with pytest.raises(ValueError, match="estimator: expected one of k1, k2, k3, got 'k4'"):
         kl_penalty(torch.zeros(2), torch.zeros(2), estimator="k4")
+    with pytest.raises(ValueError, match="ref_logprobs: expected device cpu, got meta"):
+        kl_penalty(torch.zeros(2), torch.zeros(2, device="meta"), estimator="k1")
+    with pytest.raises(TypeError, match="logprobs: expected dtype float16 or .* got int64"):
+        kl_penalty(torch.zeros(2).long(), torch.zeros(2), estimator="k1")
     with pytest.raises(ValueError, match=r"ref_logprobs: expected shape \(2,\), got \(3,\)"):
         kl_penalty(torch.zeros(2), torch.zeros(3), estimator="k1")

@@ -65,6 +65,16 @@ def test_nothing_valid_and_nothing_at_all():
         assert empty.shape == (0,)
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_compiles_without_a_graph_break(aggregation, mask):
+    compiled = torch.compile(loss_weights, fullgraph=True, backend="aot_eager", dynamic=True)
+    for cu, m in ((CU, mask), (CU[:5], mask[:12])):
+        for total in (7.0, torch.tensor(5)):
+            expected = loss_weights(cu, m, aggregation=aggregation, total=total)
+            result = compiled(cu, m, aggregation=aggregation, total=total)
+            assert torch.equal(result, expected)
+
+
 def test_bad_arguments_are_named(mask):
     with pytest.raises(ValueError, match="aggregation: expected one of token-mean"):
         loss_weights(CU, mask, aggregation="mean", total=1)
@@ -74,5 +84,7 @@ def test_bad_arguments_are_named(mask):
         loss_weights(CU, mask, aggregation="token-mean", total=torch.ones(1))
     with pytest.raises(TypeError, match="mask: expected dtype bool"):
         loss_weights(CU, mask.float(), aggregation="token-mean", total=1)
+    with pytest.raises(ValueError, match="cu_seqlens: expected device cpu, got meta"):
+        loss_weights(CU.to("meta"), mask, aggregation="token-mean", total=1)
     with pytest.raises(ValueError, match="cu_seqlens: .*rows 15, got 5"):
         loss_weights(CU[:4], mask, aggregation="token-mean", total=1)

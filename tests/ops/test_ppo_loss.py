@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fastppo import _C
 from fastppo.ops import (
     PPO_METRIC_NAMES,
     PPOLossConfig,
@@ -15,6 +16,7 @@ from fastppo.ops import (
     ppo_loss_reference,
     reduce_ppo_metrics,
 )
+from fastppo.ops._ppo_loss_op import config_arguments, ppo_loss_torch
 
 LENGTHS = [7, 0, 1, 30, 12]
 CU = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
@@ -88,6 +90,86 @@ def test_against_float64(option, dtype, rng, no_worse):
     for a, b, c in zip(ours, plain, truth, strict=True):
         no_worse(a, b, c)
     assert ours[0].dtype == ours[3].dtype == torch.float32
+
+
+@pytest.mark.parametrize("n", [1, 65_537])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_sizes_against_float64(n, dtype, rng, no_worse):
+    config = PPOLossConfig(**OPTIONS["everything"])
+    inputs = draw(rng, n, dtype)
+    inputs["weights"] = (inputs["weights"].float() * n + 0.01).to(dtype)
+    cu = torch.tensor([0, n])
+    truth = run(ppo_loss_reference, {k: v.double() for k, v in inputs.items()}, config, cu)
+    plain = run(ppo_loss_reference, inputs, config, cu)
+    for a, b, c in zip(run(ppo_loss, inputs, config, cu), plain, truth, strict=True):
+        no_worse(a, b, c)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "advantages", "ref_logprobs"])
+def test_a_valid_token_that_is_not_finite_shows(option, bad, name, rng):
+    """As in the torch code that other devices run: in the loss or its gradient, and nowhere else
+    than where it belongs."""
+    inputs = draw(rng)
+    at = int(inputs["weights"].nonzero()[5])
+    inputs[name][at] = bad
+    order = ("logprobs", "entropy", "old_logprobs", "advantages", "weights")
+    tensors = [inputs[k] for k in (*order, "ref_logprobs", "rollout_logprobs")]
+    settings = config_arguments(PPOLossConfig(**OPTIONS[option]))
+    result = torch.ops.fastppo.ppo_loss(*tensors, CU, *settings)
+    expected = ppo_loss_torch(*tensors, CU, *settings)
+    for a, b in zip(result, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-5, atol=1e-6)
+    if bad != bad and name != "ref_logprobs":
+        assert result[0].isnan()
+        assert result[1][at].isnan()
+
+
+def test_strided_inputs(rng):
+    config = PPOLossConfig(**OPTIONS["everything"])
+    inputs = draw(rng)
+    strided = {k: torch.stack([v, v + 1], dim=1)[:, 0] for k, v in inputs.items()}
+    strided = {k: v.clone() if k in ("logprobs", "entropy") else v for k, v in strided.items()}
+    for a, b in zip(run(ppo_loss, strided, config), run(ppo_loss, inputs, config), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("option", ["plain", "everything", "everything, sequence"])
+def test_custom_op(option, rng):
+    i = draw(rng)
+    settings = config_arguments(PPOLossConfig(**OPTIONS[option]))
+    tensors = (i["logprobs"], i["entropy"], i["old_logprobs"], i["advantages"], i["weights"])
+    optional = (i["ref_logprobs"], i["rollout_logprobs"], CU)
+    op = torch.ops.fastppo.ppo_loss.default
+    torch.library.opcheck(op, (*tensors, *optional, *settings))
+    if option == "plain":  # the whole check takes a NaN, not measured, for a difference
+        checks = ("test_schema", "test_faketensor")
+        arguments = (tensors[0], None, *tensors[2:], None, None, None, *settings)
+        torch.library.opcheck(op, arguments, test_utils=checks)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo
+@pytest.mark.parametrize("option", ["plain", "everything", "sequence"])
+def test_compiles_without_a_graph_break(option, rng):
+    config = PPOLossConfig(**OPTIONS[option])
+    compiled = torch.compile(ppo_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, cu in ((N, CU), (8, CU[:4])):
+        inputs = {k: v[:n] for k, v in draw(rng).items()}
+        expected, result = (run(f, inputs, config, cu) for f in (ppo_loss, compiled))
+        for a, b in zip(result, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo
+def test_compiles_once_for_every_number_of_tokens(rng):
+    torch._dynamo.reset()
+    compiled = torch.compile(ppo_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    config = PPOLossConfig(**OPTIONS["everything"])
+    run(compiled, draw(rng), config)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for n in (2, 17, 300):
+            run(compiled, draw(rng, n), config, torch.tensor([0, 1, 1, 2, 2, n]).int())
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -281,5 +363,32 @@ def test_bad_shapes_are_named():
         ppo_loss(z, z, z[:2], z, PPOLossConfig())
     with pytest.raises(TypeError, match="weights: .* got bool"):
         ppo_loss(z, z, z, z.bool(), PPOLossConfig())
+    with pytest.raises(ValueError, match="old_logprobs: expected device cpu, got meta"):
+        ppo_loss(z, z.to("meta"), z, z, PPOLossConfig())
+    with pytest.raises(ValueError, match=r"entropy: expected shape \(3,\), got \(1,\)"):
+        ppo_loss(z, z, z, z, PPOLossConfig(), entropy=z[:1])
     with pytest.raises(TypeError, match="config: expected a PPOLossConfig, got dict"):
         ppo_loss(z, z, z, z, {})
+
+
+def test_the_extension_refuses_other_arrays():
+    x, entries = torch.zeros(3).numpy(), torch.zeros(20).double().numpy()
+    numbers = dict.fromkeys(("low", "high", "kl_coef", "ent_coef", "is_cap", "is_low"), 1.0)
+    numbers |= {"dual_clip": math.inf, "kl": 3, "correction": 0, "is_high": 1.0}
+    good = [entries, x.copy(), None, x, None, x, x, x, None, None]
+    for at, bad, message in (
+        (7, x[:2], "weights: expected 3 contiguous float32, got 2 of format 'f' in 1 dimensions"),
+        (
+            5,
+            x.astype("float64"),
+            "old_logprobs: expected 3 contiguous float32, got 3 of .*'d'",
+        ),
+        (8, torch.zeros(6).numpy()[::2], "ref_logprobs: expected 3 contiguous float32"),
+        (0, entries[:19], "entries: expected 20 writable contiguous float64, got 19"),
+        (6, None, "advantages: expected 3 contiguous float32, got NoneType"),
+    ):
+        arguments = [*good[:at], bad, *good[at + 1 :]]
+        with pytest.raises((TypeError, ValueError), match=message):
+            _C.ppo_loss(*arguments, **numbers)
+    _C.ppo_loss(*good, **numbers)
+    assert entries[1] == 0.0

@@ -52,7 +52,7 @@ def test_huber_is_quadratic_near_and_linear_far():
 def test_custom_op(rng):
     v, old, returns, w = inputs(30, rng)
     for optional in ((None, None), (0.2, None), (0.2, 0.5)):
-        torch.library.opcheck(torch.ops.fastppo.value_rows.default, (v, old, returns, w, *optional))
+        torch.library.opcheck(torch.ops.fastppo.value_loss.default, (v, old, returns, w, *optional))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo
@@ -71,6 +71,35 @@ def test_cleanrl_expression(rng):
     v_loss_max = torch.max(v_loss_unclipped, (v_clipped - returns) ** 2)
     loss = value_loss(newvalue, old, returns, torch.full((50,), 1 / 50), clip=0.2).loss
     torch.testing.assert_close(loss, 0.5 * v_loss_max.mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_many_tokens_in_strided_tensors(dtype, rng, no_worse):
+    args = [torch.stack([x, x], dim=1)[:, 0].to(dtype) for x in inputs(65_537, rng)]
+    args[3] = (65_537 * args[3].float() / 1000).to(dtype)
+    truth = run(value_loss_reference, [x.double() for x in args], 0.2)
+    plain = run(value_loss_reference, args, 0.2)
+    for a, b, c in zip(run(value_loss, args, 0.2), plain, truth, strict=True):
+        no_worse(a, b, c)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_valid_value_that_is_not_finite_shows(bad, rng):
+    v, old, returns, w = inputs(30, rng)
+    v[int(w.nonzero()[3])] = bad
+    loss, grad, _ = run(value_loss, (v, old, returns, w), None)
+    assert not loss.isfinite()
+    assert int((~grad.isfinite()).sum()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo
+def test_compiles_once_for_every_number_of_tokens(rng):
+    torch._dynamo.reset()
+    compiled = torch.compile(value_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    run(compiled, inputs(30, rng), 0.2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for n in (2, 17, 300):
+            run(compiled, inputs(n, rng), 0.2)
 
 
 def test_gradcheck(rng):
@@ -141,6 +170,10 @@ def test_bad_arguments_are_named():
             value_loss(z, z, z, z, huber=huber)
     with pytest.raises(ValueError, match=r"returns: expected shape \(3,\), got \(2,\)"):
         value_loss(z, z, z[:2], z)
+    with pytest.raises(ValueError, match="returns: expected device cpu, got meta"):
+        value_loss(z, z, z.to("meta"), z)
+    with pytest.raises(ValueError, match="clip: expected None or a number >= 0, got nan"):
+        value_loss(z, z, z, z, clip=float("nan"))
     with pytest.raises(TypeError, match="weights: .* got bool"):
         value_loss(z, z, z, z.bool())
     with pytest.raises(ValueError, match="vectors: expected 8 entries"):

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; run by test_packed_kernels.py", allow_module_level=True)
+    pytest.skip("needs TRITON_INTERPRET=1; run by test_interpreted.py", allow_module_level=True)
 
-from fastppo_kernels.value_loss import Launch, value_rows
+from fastppo_kernels.value_loss import Launch, value_loss
 
-from fastppo.ops.value_loss import value_loss_reference, value_rows_triton
+from fastppo.ops.value_loss import value_loss_reference, value_loss_triton
 
 # Blocks of 16 tokens, 2 of them combined at a time; then the default launch.
-SMALL = Launch(16, 2, 4)
+SMALL = Launch(16, 4)
 
 
 def inputs(n, dtype=torch.float32):
@@ -44,17 +44,17 @@ def check(result, expected, tolerance=2e-6):
 @pytest.mark.parametrize("huber", [None, 0.7])
 def test_against_float64(n, clip, huber):
     args = inputs(n)
-    result = value_rows(*args, clip, huber, SMALL)
+    result = value_loss(*args, clip, huber, SMALL)
     check(result, truth(*args, clip, huber), 5e-6)
-    check(value_rows_triton(*args, clip, huber), [x.double() for x in result], 5e-6)
+    check(value_loss_triton(*args, clip, huber), [x.double() for x in result], 5e-6)
     poison = [torch.where(args[3] != 0, x, torch.nan) for x in args[:3]]
-    again = value_rows(*poison, args[3], clip, huber, SMALL)
+    again = value_loss(*poison, args[3], clip, huber, SMALL)
     assert all(torch.equal(a, b) for a, b in zip(again, result, strict=True))
 
 
 def test_float64_stays_float64():
     args = inputs(100, torch.float64)
-    loss, grad, metrics = value_rows_triton(*args, 0.2, None)
+    loss, grad, metrics = value_loss_triton(*args, 0.2, None)
     expected = truth(*args, 0.2, None)
     assert loss.dtype == grad.dtype == torch.float64
     check((loss, grad), expected[:2], 1e-12)
@@ -64,7 +64,7 @@ def test_float64_stays_float64():
 @pytest.mark.parametrize("n", [0, 5])
 def test_nothing_valid(n):
     nan = torch.full((n,), torch.nan)
-    loss, grad, metrics = value_rows(nan, nan, nan, torch.zeros(n), 0.2, None, SMALL)
+    loss, grad, metrics = value_loss(nan, nan, nan, torch.zeros(n), 0.2, None, SMALL)
     assert float(loss) == 0.0
     assert torch.equal(grad, torch.zeros(n))
     assert torch.equal(metrics, torch.zeros(8))
@@ -73,6 +73,6 @@ def test_nothing_valid(n):
 def test_a_valid_nan_is_seen():
     values, old, returns, weights = inputs(40)
     values[int(weights.nonzero()[0])] = torch.nan
-    loss, grad, _ = value_rows(values, old, returns, weights, 0.2, None, SMALL)
+    loss, grad, _ = value_loss(values, old, returns, weights, 0.2, None, SMALL)
     assert loss.isnan()
     assert int(grad.isnan().sum()) == 1
