@@ -29,14 +29,19 @@ def _rows(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(ROWS, dtype=dtype, device="meta")
 
 
-def _token_logprobs(vocab: int, dtype: torch.dtype, options: bool) -> None:
+def _token_logprobs(
+    vocab: int, dtype: torch.dtype, options: bool, grad: torch.dtype | None = None
+) -> None:
     logits, targets = meta_logits(vocab, dtype), _rows(torch.int64)
+    out = logits if grad is None else meta_logits(vocab, grad)
     tau, softcap = (_rows(), 30.0) if options else (1.0, None)
     stats = token_logprobs_fwd(logits, targets, tau, softcap)
-    token_logprobs_bwd_out(logits, targets, stats, _rows(), _rows(), tau, softcap, out=logits)
+    token_logprobs_bwd_out(logits, targets, stats, _rows(), _rows(), tau, softcap, out=out)
 
 
-def _ppo_rows(vocab: int, dtype: torch.dtype, options: bool) -> None:
+def _ppo_rows(
+    vocab: int, dtype: torch.dtype, options: bool, grad: torch.dtype | None = None
+) -> None:
     knobs = PPOKnobs(
         low=0.8,
         high=1.2,
@@ -52,6 +57,7 @@ def _ppo_rows(vocab: int, dtype: torch.dtype, options: bool) -> None:
     ref, rollout = (_rows(), _rows()) if options else (None, None)
     tau, softcap = (_rows(), 30.0) if options else (1.0, None)
     logits, targets = meta_logits(vocab, dtype), _rows(torch.int64)
+    out = logits if grad is None else meta_logits(vocab, grad)
     old, advantages, weights = _rows(), _rows(), _rows()
     ppo_rows(
         logits,
@@ -64,7 +70,7 @@ def _ppo_rows(vocab: int, dtype: torch.dtype, options: bool) -> None:
         knobs,
         tau,
         softcap,
-        needs_grad=True,
+        out=out,
     )
 
 
@@ -82,4 +88,5 @@ def cases() -> dict[str, Call]:
         add("fp16 151936", partial(op, 151936, torch.float16, False))
         add("fp32 151936", partial(op, 151936, torch.float32, False))
         add("bf16 151936 options", partial(op, 151936, torch.bfloat16, True))
+        add("fp32 to bf16 151936", partial(op, 151936, torch.float32, False, torch.bfloat16))
     return found

@@ -185,7 +185,7 @@ def test_on_policy_ratio_is_exactly_one(rng):
 def test_no_gradient_work_when_none_is_wanted(rng, monkeypatch):
     import sys
 
-    module = sys.modules["fastppo.ops.linear_ppo_loss"]
+    module = sys.modules["fastppo.ops._ppo_sweep"]
     (hidden, weight, _), targets, rows = draw(rng)
     wanted = linear_ppo_loss(hidden, weight, targets, config=PPOLossConfig(), **rows)
     calls = []
