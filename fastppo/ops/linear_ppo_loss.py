@@ -80,11 +80,9 @@ def linear_ppo_loss_reference(
 
 def live_rows(weights: Tensor, advantages: Tensor, config: PPOLossConfig) -> Tensor:
     """(N,) bool, which rows of `linear_ppo_loss` reach the head: those whose loss and gradient can
-    be other than 0. A sequence-level ratio is a mean over all rows of weight ≠ 0."""
+    be other than 0."""
     live = weights != 0
-    if config.kl_coef == 0 and config.ent_coef == 0 and config.ratio_level == "token":
-        live = live & (advantages != 0)
-    return live
+    return live & (advantages != 0) if config.zero_advantages_change_nothing else live
 
 
 def _implementation(device: torch.device) -> Backend:

@@ -93,8 +93,6 @@ def attention(*before: str) -> tuple[str, ...]:
         ("aten::_foreach_norm", [[[4, 5], [4]]], ["TensorList"], (), 96, 24),
         ("aten::_fused_adamw_", [[[24]]] * 4, ["TensorList"] * 4, (), 7 * 96, 15 * 24),
         ("fastppo::token_logprobs_fwd", [[2, 50], [2]], [H, L], ("", ""), 200 + 16, 800),
-        ("fastppo::ppo_rows_", [[2, 50], [2]], [H, L], ("", "", "True"), 400 + 16, 1500),
-        ("fastppo::ppo_rows_", [[2, 50], [2]], [H, L], ("", "", "False"), 200 + 16, 800),
         ("fastppo::gae", [[9], [3], [9], [9]], [F, "int", F, "bool"], (), 36 * 4 + 12 + 9, 12 * 9),
     ],
 )
