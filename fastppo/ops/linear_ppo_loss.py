@@ -187,9 +187,9 @@ def _run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         )
     grads, ctx.grads = ctx.grads, None
     if not is_one(grad):
-        for g in grads:
-            if g is not None:
-                g.mul_(grad)
+        # In place where the memory is real; torch.compile must not see an output change.
+        in_place = type(grad) is Tensor
+        grads = [g if g is None else g.mul_(grad) if in_place else g * grad for g in grads]
     return (*grads, *[None] * (ctx.num_inputs - 3))
 
 

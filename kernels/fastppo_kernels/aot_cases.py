@@ -19,14 +19,14 @@ ROWS = 32
 VOCABS = (1024, 16384, 151936, 50257)
 
 
-def meta_logits(vocab: int, dtype: torch.dtype) -> Tensor:
-    """(ROWS, vocab) logits in rows of a multiple of 16 elements."""
+def meta_logits(vocab: int, dtype: torch.dtype, rows: int = ROWS) -> Tensor:
+    """(rows, vocab) logits in rows of a multiple of 16 elements."""
     padded = -(-vocab // 16) * 16
-    return torch.empty((ROWS, padded), dtype=dtype, device="meta")[:, :vocab]
+    return torch.empty((rows, padded), dtype=dtype, device="meta")[:, :vocab]
 
 
-def _rows(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(ROWS, dtype=dtype, device="meta")
+def _rows(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Tensor:
+    return torch.empty(rows, dtype=dtype, device="meta")
 
 
 def _token_logprobs(

@@ -108,7 +108,7 @@ def k3(x):
     return expm1(clamp(x, LIMIT)) - x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_entry"])  # the number of rows
 def ppo_rows_kernel(
     logits_ptr,
     out_ptr,
