@@ -91,6 +91,7 @@ def test_only_rows_that_matter_reach_trunk_and_head(
 def test_with_a_critic_only_the_head_has_fewer_rows(products: dict[str, int]) -> None:
     step, batch = make(advantage="gae", norm_adv=False, n_samples=1, prompts_per_iteration=6)
     zero = torch.arange(batch.num_responses) % 3 == 0
+    zero[: LENGTHS[0]] = True  # a whole response, of whose values the critic learns
     batch = batch.replace(advantages=torch.where(zero, 0.0, 1.0))
     products.update(trunk=0, head=0)
     gradients(step, batch)
