@@ -186,6 +186,8 @@ class PPOConfig:
     """Train only the last k transformer layers (and the final norm); unset: every parameter."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: fp32 masters of what trains, under bf16 autocast. auto: bf16 where it is fast."""
+    fp32_logits: bool = False
+    """Keep the head's logits in fp32 under bf16 (https://arxiv.org/abs/2506.13585)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     device: str = "auto"
@@ -314,6 +316,7 @@ class PPOConfig:
             (self.is_correction == "tis", ("is_cap",), 'is_correction = "tis"'),
             (self.is_correction == "icepop", ("is_low", "is_high"), 'is_correction = "icepop"'),
             (self.update_epochs > 1, ("target_kl",), "update_epochs ≥ 2"),
+            (self.precision != "fp32", ("fp32_logits",), 'precision = "bf16" or "auto"'),
         ):
             for name in names:
                 if not applies and getattr(self, name) != defaults[name]:

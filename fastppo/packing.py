@@ -223,8 +223,25 @@ class PackedBatch:
         """
         if self.loss_mask is None:
             return self.response_lengths
+        return self._lengths_where(self.loss_mask)
+
+    @functools.cached_property
+    def driving_lengths(self) -> Int32s:
+        """(B,) int32 on the host, those of `valid_lengths` whose advantage is not 0.
+
+        Reading the advantages makes the host wait for a GPU, once, as for `valid_lengths`.
+        """
+        if self.advantages is None:
+            return self.valid_lengths
+        driving = self.advantages != 0
+        if self.loss_mask is not None:
+            driving = driving & self.loss_mask
+        return self._lengths_where(driving)
+
+    def _lengths_where(self, chosen: Tensor) -> Int32s:
+        """(B,) how many tokens of each response (N,) bool has chosen."""
         before = np.zeros(self.num_responses + 1, np.int64)
-        np.cumsum(self.loss_mask.cpu().numpy(), out=before[1:])
+        np.cumsum(chosen.cpu().numpy(), out=before[1:])
         return np.diff(before[self.cu_responses_host]).astype(np.int32)
 
     @property
@@ -286,8 +303,9 @@ class PackedBatch:
             max_seqlen=int(np.diff(layout["cu_seqlens"]).max(initial=0)),
             arena=None,
         )
-        if "valid_lengths" in vars(self):
-            vars(selected)["valid_lengths"] = self.valid_lengths[chosen]
+        for name in ("valid_lengths", "driving_lengths"):
+            if name in vars(self):
+                vars(selected)[name] = vars(self)[name][chosen]
         return selected
 
     def to(self, device: torch.device | str) -> PackedBatch:

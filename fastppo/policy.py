@@ -162,12 +162,15 @@ class Policy(nn.Module):
             values: Tensor = self.value_head(hidden.float()).squeeze(-1)
         return values
 
-    def ref_logprobs(self, batch: PackedBatch, temperature: float) -> Tensor | None:
+    def ref_logprobs(
+        self, batch: PackedBatch, temperature: float, *, fp32_logits: bool = False
+    ) -> Tensor | None:
         """The reference's log-probabilities (N,) fp32, in nats, of the response tokens.
 
         Args:
             batch: the packed batch.
             temperature: what the logits are divided by, as in the actor's log-probabilities.
+            fp32_logits: keep them in fp32, as there.
 
         Returns:
             None without a reference.
@@ -183,7 +186,12 @@ class Policy(nn.Module):
             hidden = self._hidden(model, batch).index_select(0, batch.rows)  # (N, H)
             head = self._head(model)
             return ops.linear_logprobs(
-                hidden, head.weight, batch.targets, bias=head.bias, temperature=temperature
+                hidden,
+                head.weight,
+                batch.targets,
+                bias=head.bias,
+                temperature=temperature,
+                fp32_logits=fp32_logits,
             ).logprobs
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

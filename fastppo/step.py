@@ -7,8 +7,11 @@
 
 Shapes: B sequences, T packed tokens, N response tokens, H hidden size (see packing.PackedBatch).
 Nothing is read back inside the minibatch loop: all metrics come in one copy per update, and one
-per epoch where `target_kl` is set. `advantages` reads the loss mask, once, so that no micro-batch
-has to ask how many of its rows count.
+per epoch where `target_kl` is set. `advantages` reads, once, which tokens count and which of them
+have an advantage of 0, so that no micro-batch has to ask for the number of its rows. Tokens of
+advantage 0 that no KL term or entropy bonus needs never reach the head, and without a critic whole
+responses of them not even the trunk. The policy's metrics, approx_kl and entropy among them, are
+means over the tokens that did reach the head.
 
 Faults: a pass that runs out of memory is repeated with half the token budget, which does not change
 the gradient; a step whose loss or gradient is not finite changes nothing. An update that a signal
@@ -142,11 +145,16 @@ class PPOStep:
             weight, bias = policy.head.weight, policy.head.bias
             rows = hidden[batch.rows]  # (N, H)
             scored = ops.linear_logprobs(
-                rows, weight, batch.targets, bias=bias, temperature=temperature
+                rows,
+                weight,
+                batch.targets,
+                bias=bias,
+                temperature=temperature,
+                fp32_logits=self.config.fp32_logits,
             )
             fields = {"old_logprobs": scored.logprobs}
         with record_function("fastppo::ref"):
-            ref = policy.ref_logprobs(batch, temperature)
+            ref = policy.ref_logprobs(batch, temperature, fp32_logits=self.config.fp32_logits)
             if ref is not None:
                 fields["ref_logprobs"] = ref
         if policy.has_critic:
@@ -185,7 +193,7 @@ class PPOStep:
                 lambda: add_advantages(batch, scores, group_ids, self.config, self.kl_coef),
                 self.device,
             )
-            _ = batch.valid_lengths  # read here, once, it need not be in the update
+            _ = batch.valid_lengths, batch.driving_lengths  # read here, once, not in the update
             return batch
 
     # Update
@@ -274,10 +282,13 @@ class PPOStep:
         """One optimiser step of actor and critic, or of neither."""
         policy, value_loss, norms = self._within_memory(batch, lambda: self.gradients(batch))
         with record_function("fastppo::optimiser"):
-            return retried(lambda: self._apply(policy, value_loss, norms), self.device)
+            empty = not batch.valid_lengths.any()
+            return retried(lambda: self._apply(policy, value_loss, norms, empty), self.device)
 
-    def _apply(self, policy: Tensor, value_loss: Tensor, norms: list[Tensor]) -> StepStats:
-        """Step with the gradients, unless something is not finite or no token counts.
+    def _apply(
+        self, policy: Tensor, value_loss: Tensor, norms: list[Tensor], empty: bool
+    ) -> StepStats:
+        """Step with the gradients, unless something is not finite or no token counts (`empty`).
 
         A step is also skipped once `max_nonfinite_steps` in a row were. Their count is on the
         device, so that the steps after the last one that was allowed change nothing even though
@@ -288,7 +299,6 @@ class PPOStep:
         stopped = self._nonfinite >= self.config.max_nonfinite_steps
         count = torch.where(stopped, self._nonfinite, (self._nonfinite + 1) * bad)
         skip = bad | stopped
-        empty = policy[ops.PPO_METRIC_NAMES.index("num_tokens")] == 0
         stats = self.stats(policy, value_loss, norms, skip)
         apply_step(self._stepped(), norms, self.config.max_grad_norm, skip | empty)
         self._nonfinite = count
@@ -305,6 +315,12 @@ class PPOStep:
     @property
     def _trains_actor(self) -> bool:
         return self.iteration >= self.config.critic_warmup
+
+    @property
+    def _loss(self) -> ops.PPOLossConfig:
+        """The policy loss with the KL weight in force."""
+        kl_coef = self.kl_coef if self.config.kl_in == "loss" else 0.0
+        return replace(self.config.loss, kl_coef=kl_coef)
 
     def _stepped(self) -> list[torch.optim.Optimizer]:
         """The optimisers that take a step in this iteration."""
@@ -360,8 +376,12 @@ class PPOStep:
         elif aggregation == "constant":
             total = batch.num_sequences * self.config.max_response_length
         weights = ops.loss_weights(batch.cu_responses, mask, aggregation=aggregation, total=total)
-        live, batch = batch.valid_lengths, batch.replace(weights=weights)
-        counted = np.flatnonzero(live)
+        live = needed = batch.valid_lengths
+        if self._loss.zero_advantages_change_nothing:
+            live = batch.driving_lengths
+            needed = needed if self.policy.has_critic else live
+        counted = np.flatnonzero(needed)
+        batch = batch.replace(weights=weights)
         if 0 < len(counted) < batch.num_sequences:  # the others would be run for nothing
             live, batch = live[counted], batch.select(counted)
         bins = batch.bins(self.token_budget)
@@ -373,7 +393,7 @@ class PPOStep:
         self, batch: PackedBatch, train_actor: bool, num_live: int
     ) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch whose weights are already normalised; `num_live`
-        of them are not 0.
+        of its rows reach the head.
         """
         interrupts.check()
         config, policy = self.config, self.policy
@@ -388,13 +408,14 @@ class PPOStep:
                     _need(batch, "old_logprobs", "step.evaluate"),
                     _need(batch, "advantages", "step.advantages"),
                     weights,
-                    replace(config.loss, kl_coef=self.kl_coef if config.kl_in == "loss" else 0.0),
+                    self._loss,
                     ref_logprobs=batch.ref_logprobs,
                     rollout_logprobs=batch.rollout_logprobs,
                     bias=policy.head.bias,
                     temperature=config.temperature,
                     cu_seqlens=batch.cu_responses,
                     num_live=num_live,
+                    fp32_logits=config.fp32_logits,
                 )
             loss = actor.loss
             value_loss = torch.zeros((), device=batch.device)

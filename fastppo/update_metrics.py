@@ -33,8 +33,9 @@ def read(
     """CleanRL's metrics over all optimiser steps, and which of the steps were skipped.
 
     Returns:
-        Means over response tokens; the losses and the gradient norms are means over steps. What
-        has no input (no reference, no critic, no rollout log-probabilities) is NaN or left out.
+        Means over the response tokens that reached the head; the losses and the gradient norms are
+        means over steps. What has no input (no reference, no critic, no rollout log-probabilities,
+        no such token) is NaN or left out.
     """
     reduced = ops.reduce_ppo_metrics([step.policy for step in steps])
     scalars = {**reduced, **batch_metrics(batch)}
@@ -47,6 +48,9 @@ def read(
     values = torch.stack([value.float() for value in scalars.values()])
     host = torch.cat([values, torch.stack([step.skipped for step in steps])]).tolist()
     metrics = {"value_loss": math.nan, **dict(zip(scalars, host, strict=False))}
+    if not metrics["num_tokens"]:  # of nothing there is no mean
+        sums = ("num_tokens", "policy_loss", "kl_loss")
+        metrics |= {name: math.nan for name in reduced if name not in sums}
     skipped = [bool(flag) for flag in host[len(scalars) :]]
     metrics["nonfinite_steps"] = float(sum(skipped))
     return metrics, skipped

@@ -129,7 +129,9 @@ def test_every_variant_learns(options: dict[str, Any]) -> None:
     assert np.mean(rewards[-2:]) > rewards[0] + 0.3, rewards
     for metrics in history:
         assert metrics["nonfinite_steps"] == 0
-        finite = {"policy_loss", "entropy", "approx_kl", "clipfrac", "actor_grad_norm"}
+        finite = {"policy_loss", "actor_grad_norm"}
+        if metrics["num_tokens"]:  # none where every group's responses scored the same
+            finite |= {"entropy", "approx_kl", "clipfrac"}
         if options.get("advantage", "gae") == "gae":
             finite |= {"value_loss", "explained_variance", "critic_grad_norm"}
         if options.get("kl_coef"):

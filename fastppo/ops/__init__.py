@@ -15,7 +15,7 @@ from fastppo.ops.gae_classic import gae_classic, gae_classic_reference
 from fastppo.ops.group_advantages import group_advantages, group_advantages_reference
 from fastppo.ops.kl_penalty import kl_penalty, kl_penalty_reference
 from fastppo.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
-from fastppo.ops.linear_ppo_loss import linear_ppo_loss, linear_ppo_loss_reference
+from fastppo.ops.linear_ppo_loss import linear_ppo_loss, linear_ppo_loss_reference, live_rows
 from fastppo.ops.loss_weights import loss_weights, loss_weights_reference
 from fastppo.ops.ppo_loss import PPOLoss, ppo_loss, ppo_loss_reference
 from fastppo.ops.token_logprobs import LogProbs, token_logprobs, token_logprobs_reference
@@ -55,6 +55,7 @@ __all__ = [
     "linear_logprobs_reference",
     "linear_ppo_loss",
     "linear_ppo_loss_reference",
+    "live_rows",
     "loss_weights",
     "loss_weights_reference",
     "ppo_loss",

@@ -91,19 +91,20 @@ def check_total(total: float | Tensor) -> None:
         raise ValueError(f"total: expected a count >= 0, got {float(total)}")
 
 
-def check_num_live(num_live: int, weights: Tensor) -> None:
-    """Raise unless so many of the weights (N,) are not 0."""
-    if not 0 <= num_live <= weights.shape[0]:
-        raise ValueError(f"num_live: expected a number in [0, {weights.shape[0]}], got {num_live}")
-    if may_read_values(weights) and num_live != (count := int(weights.count_nonzero())):
+def check_num_live(num_live: int, keep: Tensor) -> None:
+    """Raise unless so many of (N,) bool are True."""
+    if not 0 <= num_live <= keep.shape[0]:
+        raise ValueError(f"num_live: expected a number in [0, {keep.shape[0]}], got {num_live}")
+    if may_read_values(keep) and num_live != (count := int(keep.count_nonzero())):
         raise ValueError(
-            f"num_live: expected {count}, the number of weights that are not 0, got {num_live}"
+            f"num_live: expected {count}, the number of rows that count, got {num_live}"
         )
 
 
 def is_one(x: Tensor) -> bool:
-    """Whether a () tensor is 1, where looking costs no device sync; else False."""
-    return may_read_values(x) and x.item() == 1.0
+    """Whether a () tensor is 1, where looking costs no device sync and there is a value to look at
+    (not under torch.compile); else False."""
+    return type(x) is Tensor and may_read_values(x) and x.item() == 1.0
 
 
 def check_softcap(softcap: float | None) -> None:

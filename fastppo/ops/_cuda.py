@@ -1,4 +1,4 @@
-"""The CUDA side of the ops: `_rows` and the sweep of `linear_ppo_loss` through Triton kernels.
+"""The CUDA side of the ops: `_rows` and the rows of `linear_ppo_loss` through Triton kernels.
 
 Same signatures as their torch counterparts, float16, bfloat16 and float32 only. Imported when an op
 first meets a CUDA tensor, because Triton does not exist everywhere.
@@ -6,31 +6,34 @@ first meets a CUDA tensor, because Triton does not exist everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from fastppo_kernels import custom_ops as kernels
-from fastppo_kernels.ppo_rows import PPOKnobs
+from fastppo_kernels import ppo_rows as kernels
+from fastppo_kernels.token_logprobs import (
+    RowStatistics,
+    token_logprobs_bwd_out,
+    token_logprobs_fwd,
+)
 from torch import Tensor
 
-from fastppo.ops._head import Head, HeadGradients, HeadOptions, chunks
 from fastppo.ops._ppo_config import PPOLossConfig
 from fastppo.ops._ppo_metrics import NUM_SUMS
-from fastppo.ops._ppo_rows import PPOInputs, ppo_rows
+from fastppo.ops._ppo_rows import PPOInputs
 from fastppo.ops._rows import RowStats
 from fastppo.ops.kl_penalty import KL_ESTIMATORS
 
 
-def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    if isinstance(temperature, Tensor):
-        return 1.0, temperature.contiguous()
-    return float(temperature), None
+def _contiguous(temperature: float | Tensor) -> float | Tensor:
+    return temperature.contiguous() if isinstance(temperature, Tensor) else temperature
 
 
 def row_stats(
     logits: Tensor, targets: Tensor, temperature: float | Tensor, softcap: float | None
 ) -> RowStats:
     """As `_rows.row_stats`, except that `max` is before the temperature."""
-    tau = _temperature(temperature)
-    return RowStats(*kernels.token_logprobs_fwd_op(logits, targets.contiguous(), *tau, softcap))
+    tau = _contiguous(temperature)
+    return RowStats(*token_logprobs_fwd(logits, targets.contiguous(), tau, softcap))
 
 
 def row_gradient(
@@ -44,22 +47,21 @@ def row_gradient(
     out: Tensor,
 ) -> None:
     """As `_rows.row_gradient`, for statistics of the `row_stats` above."""
-    rows = (
+    token_logprobs_bwd_out(
+        logits,
         targets.contiguous(),
-        *stats[1:],
+        RowStatistics(*stats),
         logprob_grad.contiguous(),
         None if entropy_grad is None else entropy_grad.contiguous(),
-        *_temperature(temperature),
+        _contiguous(temperature),
         softcap,
+        out,
     )
-    if out is logits:
-        kernels.token_logprobs_bwd_op_(logits, *rows)
-    else:
-        kernels.token_logprobs_bwd_out_op(logits, *rows, out)
 
 
-def _knobs(config: PPOLossConfig) -> PPOKnobs:
-    return PPOKnobs(
+def ppo_knobs(config: PPOLossConfig) -> kernels.PPOKnobs:
+    """The numbers of the loss, as the kernels take them."""
+    return kernels.PPOKnobs(
         low=1 - config.clip_coef_low,
         high=1 + config.clip_coef_high,
         dual_clip=float("inf") if config.dual_clip is None else config.dual_clip,
@@ -73,32 +75,24 @@ def _knobs(config: PPOLossConfig) -> PPOKnobs:
     )
 
 
-def linear_ppo_loss_sweep(
-    hidden: Tensor,
-    head: Head,
+def loss_rows(
+    logits: Tensor,
     targets: Tensor,
     inputs: PPOInputs,
     config: PPOLossConfig,
-    options: HeadOptions,
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """As `linear_ppo_loss.linear_ppo_loss_sweep`: per chunk one product, one launch that turns the
-    logits into their gradient, and the products of the gradients."""
-    total = HeadGradients(hidden, head, options)
-    if hidden.shape[0] == 0:
-        empty = hidden.new_zeros(0, dtype=torch.float32)
-        part = ppo_rows(empty, empty, inputs, config)
-        return part.loss, part.metrics, total.finish()
-    knobs = _knobs(config).flat()
-    parts = []
-    for rows, buffer in chunks(hidden, head.weight.shape[0], options.chunk_bytes):
-        logits = head.logits(hidden[rows], out=buffer)
-        per_row = [None if x is None else x[rows].contiguous() for x in inputs]
-        tau = _temperature(options.temperature_at(rows))
-        at = (targets[rows].contiguous(), *per_row, *knobs, *tau, options.softcap)
-        parts.append(kernels.ppo_rows_op_(logits, *at, options.needs_grad))
-        if options.needs_grad:
-            total.add(rows, logits)
-    entries = torch.cat(parts, dim=1)  # the loss, then PPO_METRIC_NAMES; (., N)
+    temperature: float | Tensor,
+    softcap: float | None,
+    out: Tensor | None,
+) -> Tensor:
+    """As `linear_ppo_loss.loss_rows`, in one launch."""
+    knobs = ppo_knobs(config)
+    per_row = inputs.contiguous()
+    tau = _contiguous(temperature)
+    return kernels.ppo_rows(logits, targets.contiguous(), *per_row, knobs, tau, softcap, out)
+
+
+def total(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """As `linear_ppo_loss.total`, from entries (len(ENTRIES), C): the loss, PPO_METRIC_NAMES."""
+    entries = torch.cat(list(parts), dim=1)
     sums = entries.sum(dim=1)
-    metrics = torch.cat([sums[1 : 1 + NUM_SUMS], entries[1 + NUM_SUMS :].amax(dim=1)])
-    return sums[0], metrics, total.finish()
+    return sums[0], torch.cat([sums[1 : 1 + NUM_SUMS], entries[1 + NUM_SUMS :].amax(dim=1)])

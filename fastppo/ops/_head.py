@@ -1,52 +1,59 @@
-"""The language-model head in row chunks: logits = hidden · weightᵀ + bias, and its gradients.
+"""The language-model head in parts: logits = hidden · weightᵀ + bias, and its gradients.
 
-Shapes: N rows, H hidden, V vocabulary, C rows of one chunk. Only one (C, V) chunk of logits is
-alive at a time. Products run in the operands' dtype (autocast's under autocast); the weight and
-bias gradients are summed over chunks in float32, because bf16 sums lose small terms.
+Shapes: N rows, H hidden, V vocabulary. Only one part of the (N, V) logits is alive at a time: a
+chunk of rows (C, V), or in `_head_tiles` a tile of columns (N, W). Products run in the operands'
+dtype (autocast's under autocast). Sums over parts are float32: bf16 sums lose small terms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastppo.ops._checks import (
-    FLOATS,
-    INTS,
-    check_softcap,
-    check_temperature,
-    check_tensor,
-)
-from fastppo.ops._precision import autocast_dtype, compute_dtype
+from fastppo.ops._head_options import HeadOptions
+from fastppo.ops._precision import compute_dtype
 
-# Default bytes of one chunk of logits. Larger chunks make fewer, more efficient matrix products and
-# fewer passes over the float32 weight gradient.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-# A chunk is a multiple of this many rows: matrix units work on such tiles.
-ROW_MULTIPLE = 32
+# Default bytes of one part of the logits. Larger parts make fewer, more efficient matrix products
+# and fewer passes over what is summed; 8192 rows of 131072 bf16 logits are one part on a GPU.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
+LOW_MEMORY_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 28}
+# A part is a multiple of this many rows or columns: matrix units work on such tiles.
+MULTIPLE = 32
+# Elements of a product that is added to a sum in another dtype: 256 MiB of float32.
+SUM_ELEMENTS = 1 << 26
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadOptions:
-    """How the head is evaluated and which gradients are wanted."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of hidden, weight and bias; None where not wanted."""
 
-    temperature: float | Tensor
-    softcap: float | None
-    chunk_bytes: int | None
-    needs_hidden: bool
-    needs_weight: bool
-    needs_bias: bool
 
-    @property
-    def needs_grad(self) -> bool:
-        return self.needs_hidden or self.needs_weight or self.needs_bias
-
-    def temperature_at(self, rows: slice | Tensor) -> float | Tensor:
-        """The temperature of some rows."""
-        return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out = a·b, or out += a·b. Half-precision operands may have a float32 `out`: a GPU then rounds
+    nothing to their dtype, a CPU rounds each product to it."""
+    into_float32 = a.is_cuda and out.dtype == torch.float32 != a.dtype
+    if not add:
+        if out.dtype == a.dtype:
+            torch.mm(a, b, out=out)
+        elif into_float32:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            out.copy_(torch.mm(a, b))
+    elif out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        # torch.addmm takes a float32 sum of half-precision products in its latest versions only.
+        step = max(1, SUM_ELEMENTS // max(1, out.shape[1]))
+        for start in range(0, out.shape[0], step):
+            rows = slice(start, start + step)
+            if into_float32:
+                part = torch.mm(a[rows], b, out_dtype=out.dtype)
+            else:
+                part = torch.mm(a[rows], b)
+            out[rows].add_(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,123 +63,151 @@ class Head:
     weight: Tensor
     bias: Tensor | None
 
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """(C, V) logits of hidden (C, H), written into `out`."""
-        if self.bias is None:
-            return torch.mm(hidden, self.weight.t(), out=out)
-        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+    def logits(self, hidden: Tensor, out: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Logits of hidden (C, H) at some columns, written into `out`, whose dtype they have."""
+        weight = self.weight[columns].t()
+        bias = None if self.bias is None else self.bias[columns]
+        if out.dtype == hidden.dtype:
+            if bias is None:
+                return torch.mm(hidden, weight, out=out)
+            return torch.addmm(bias, hidden, weight, out=out)
+        if hidden.is_cuda:
+            torch.mm(hidden, weight, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(hidden.to(out.dtype), weight.to(out.dtype), out=out)
+        return out if bias is None else out.add_(bias)
 
 
-def head_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Head]:
-    """Hidden states and head cast to the dtype torch would multiply in here."""
-    dtype = autocast_dtype(hidden)
+def head_operands(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Head]:
+    """Hidden states and head in the dtype of the products."""
     return hidden.to(dtype), Head(weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def chunks(hidden: Tensor, vocab: int, chunk_bytes: int | None) -> Iterator[tuple[slice, Tensor]]:
-    """Row slices of hidden (N, H), each with a (C, V) buffer for its logits (one buffer,
-    reused)."""
-    n = hidden.shape[0]
+def part_size(options: HeadOptions, device: torch.device, total: int, across: int) -> int:
+    """How many of `total` rows (or columns) of `across` logits each make one part: equal parts, no
+    short tail. A part is not larger where it also holds a gradient beside float32 logits, so that
+    the same product gives the same log-probability with gradients and without."""
+    budget = options.chunk_bytes
+    if budget is None:
+        defaults = LOW_MEMORY_CHUNK_BYTES if options.low_memory else CHUNK_BYTES
+        budget = defaults.get(device.type, defaults["cuda"])
+    bytes_each = options.dtype.itemsize
+    if options.logits_dtype() != options.dtype:
+        bytes_each += options.logits_dtype().itemsize
+    most = max(1, budget // max(1, across * bytes_each))
+    if most >= MULTIPLE:
+        most -= most % MULTIPLE
+        even = -(-total // -(-total // most))
+        most = -(-even // MULTIPLE) * MULTIPLE
+    return min(most, total)
+
+
+class Part(NamedTuple):
+    """Memory for one part of the logits."""
+
+    logits: Tensor
+    grad: Tensor
+    """For their gradient, in the dtype of the products: `logits` itself where that is theirs."""
+
+    def first_rows(self, count: int) -> Part:
+        """Memory for fewer rows."""
+        logits = self.logits[:count]
+        return Part(logits, logits if self.grad is self.logits else self.grad[:count])
+
+    def first_columns(self, count: int) -> Part:
+        """Memory for fewer columns."""
+        logits = self.logits[:, :count]
+        return Part(logits, logits if self.grad is self.logits else self.grad[:, :count])
+
+
+def part_buffer(x: Tensor, rows: int, columns: int, options: HeadOptions, grad: bool) -> Part:
+    """Memory for (rows, columns) logits, and for their gradient where `grad` and it needs its own.
+
+    On a GPU rows start at multiples of 16 elements: its loads are 16 bytes wide only then.
+    """
+    stride = -(-columns // 16) * 16 if x.is_cuda else columns
+    dtype = options.logits_dtype()
+    logits = x.new_empty((rows, stride), dtype=dtype)[:, :columns]
+    if not grad or dtype == options.dtype:
+        return Part(logits, logits)
+    return Part(logits, x.new_empty((rows, stride), dtype=options.dtype)[:, :columns])
+
+
+def chunks(
+    x: Tensor, vocab: int, options: HeadOptions, *, grad: bool = False
+) -> Iterator[tuple[slice, Part]]:
+    """Slices of the rows of x (N, H), each with memory, reused, for its logits (C, V)."""
+    n = x.shape[0]
     if n == 0:
         return
-    if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES.get(hidden.device.type, 1 << 30)
-    most = max(1, chunk_bytes // max(1, vocab * hidden.dtype.itemsize))
-    if most >= ROW_MULTIPLE:
-        most -= most % ROW_MULTIPLE
-        even = -(-n // -(-n // most))  # equal chunks, no short tail
-        most = -(-even // ROW_MULTIPLE) * ROW_MULTIPLE
-    # On a GPU rows start at multiples of 16 elements: its loads are 16 bytes wide only then.
-    stride = -(-vocab // 16) * 16 if hidden.is_cuda else vocab
-    buffer = hidden.new_empty((min(most, n), stride))[:, :vocab]
-    for start in range(0, n, most):
-        stop = min(start + most, n)
-        yield slice(start, stop), buffer[: stop - start]
+    size = part_size(options, x.device, n, vocab)
+    buffer = part_buffer(x, size, vocab, options, grad)
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        yield slice(start, stop), buffer.first_rows(stop - start)
 
 
 class HeadGradients:
-    """Gradients of hidden, weight and bias, summed over chunks; None where not wanted."""
+    """Gradients of hidden, weight and bias, summed over chunks of rows; None where not wanted.
 
-    def __init__(self, hidden: Tensor, head: Head, options: HeadOptions) -> None:
-        self.hidden = torch.empty_like(hidden) if options.needs_hidden else None
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        self._needs_weight, self._needs_bias = options.needs_weight, options.needs_bias
-        self._x, self._head, self._dtype = hidden, head, compute_dtype(hidden)
+    Args:
+        x: (N, H) the hidden states of all chunks, in the dtype of the products.
+        dtypes: of the three gradients. A weight gradient of several chunks is summed in float32,
+            that of one chunk is written as it is.
+    """
+
+    def __init__(
+        self, x: Tensor, head: Head, options: HeadOptions, dtypes: tuple[torch.dtype, ...]
+    ) -> None:
+        (vocab, _), self._dtypes = head.weight.shape, dtypes
+        self._x, self._head, self._sum_dtype = x, head, compute_dtype(x)
+        self._one = part_size(options, x.device, x.shape[0], vocab) >= x.shape[0]
+        self._needs_bias, self._new = options.needs_bias, x.shape[0] > 0
+        self.hidden = x.new_empty(x.shape, dtype=dtypes[0]) if options.needs_hidden else None
+        weight_dtype = dtypes[1] if self._one else self._sum_dtype
+        make = x.new_empty if self._new else x.new_zeros
+        weight = options.needs_weight
+        self.weight = make(head.weight.shape, dtype=weight_dtype) if weight else None
+        self.bias = x.new_zeros(vocab, dtype=self._sum_dtype) if options.needs_bias else None
 
     def add(self, rows: slice, logits_grad: Tensor) -> None:
-        """Add the contribution of a chunk: logits_grad (C, V) in the dtype of the product."""
+        """Add the contribution of a chunk: logits_grad (C, V) in the dtype of the products."""
         if self.hidden is not None:
-            torch.mm(logits_grad, self._head.weight, out=self.hidden[rows])
-        if self._needs_weight:
-            transposed, x = logits_grad.t(), self._x[rows]
-            if x.is_cuda and x.dtype != self._dtype:
-                self._add_weight_in_float32(transposed, x)
-            elif self.weight is None:
-                self.weight = torch.mm(transposed, x).to(self._dtype)
-            elif x.dtype == self._dtype:
-                self.weight.addmm_(transposed, x)
-            else:
-                self.weight.add_(torch.mm(transposed, x))
-        if self._needs_bias:
-            bias = logits_grad.sum(dim=0, dtype=self._dtype)
-            self.bias = bias if self.bias is None else self.bias.add_(bias)
+            product(logits_grad, self._head.weight, self.hidden[rows])
+        if self.weight is not None:
+            product(logits_grad.t(), self._x[rows], self.weight, add=not self._new)
+        if self.bias is not None:
+            self.bias.add_(logits_grad.sum(dim=0, dtype=self._sum_dtype))
+        self._new = False
 
-    def _add_weight_in_float32(self, transposed: Tensor, x: Tensor) -> None:
-        """cuBLAS multiplies half-precision matrices into float32; chunks add up in float32."""
-        product = torch.mm(transposed, x, out_dtype=self._dtype)
-        self.weight = product if self.weight is None else self.weight.add_(product)
-
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of (hidden, weight, bias); zeros where wanted and no row contributed."""
-        if self._needs_weight and self.weight is None:
-            self.weight = torch.zeros_like(self._head.weight, dtype=self._dtype)
-        if self._needs_bias and self.bias is None:
-            self.bias = self._x.new_zeros(self._head.weight.shape[0], dtype=self._dtype)
-        return self.hidden, self.weight, self.bias
+    def finish(self) -> Gradients:
+        """In the dtypes wanted; zeros where no row contributed."""
+        weight = None if self.weight is None else self.weight.to(self._dtypes[1])
+        return self.hidden, weight, None if self.bias is None else self.bias.to(self._dtypes[2])
 
 
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    chunk_bytes: int | None,
-) -> None:
-    """Raise unless the arguments of a linear op fit together (target ids are checked apart)."""
-    check_tensor("hidden", hidden, ("N", "H"), FLOATS)
-    check_tensor("weight", weight, ("V", hidden.shape[1]), FLOATS, hidden.device)
-    check_tensor("targets", targets, (hidden.shape[0],), INTS, hidden.device)
-    if bias is not None:
-        check_tensor("bias", bias, (weight.shape[0],), FLOATS, hidden.device)
-    same = all(t.dtype == hidden.dtype for t in (weight, bias) if t is not None)
-    if not same and not torch.is_autocast_enabled(hidden.device.type):
-        dtypes = f"hidden {hidden.dtype}, weight {weight.dtype}"
-        dtypes += "" if bias is None else f", bias {bias.dtype}"
-        raise TypeError(f"hidden, weight, bias: expected one dtype outside autocast, got {dtypes}")
-    check_temperature(temperature, targets)
-    check_softcap(softcap)
-    if chunk_bytes is not None and not chunk_bytes > 0:
-        raise ValueError(f"chunk_bytes: expected None or a number > 0, got {chunk_bytes}")
+def gradient_dtypes(*inputs: Tensor | None) -> tuple[torch.dtype, ...]:
+    """Of the gradients of (hidden, weight, bias); of a bias that is None, any."""
+    return tuple(torch.float32 if x is None else x.dtype for x in inputs)
 
 
-def head_options(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    chunk_bytes: int | None,
-) -> HeadOptions:
-    """Options of one call; no gradient is wanted under torch.no_grad()."""
-    recording = torch.is_grad_enabled()
-    return HeadOptions(
-        temperature=temperature.detach() if isinstance(temperature, Tensor) else float(temperature),
-        softcap=softcap,
-        chunk_bytes=chunk_bytes,
-        needs_hidden=recording and hidden.requires_grad,
-        needs_weight=recording and weight.requires_grad,
-        needs_bias=recording and bias is not None and bias.requires_grad,
+def present(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An op returns tensors only: what is not wanted is an empty one."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
+def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The inverse of `present`."""
+    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
+
+
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rest: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """The shapes of `present`; `rest` ends with the options of the op."""
+    inputs = zip((hidden, weight, bias), rest[-3:], strict=True)
+    return present(
+        [x.new_empty(x.shape) if x is not None and n else None for x, n in inputs], weight
     )

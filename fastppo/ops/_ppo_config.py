@@ -38,6 +38,11 @@ class PPOLossConfig:
     is_high: float = 5.0
     """IcePop: tokens with a larger weight are dropped from the policy term."""
 
+    @property
+    def zero_advantages_change_nothing(self) -> bool:
+        """Whether a token of advantage 0 adds nothing to the loss or to any gradient."""
+        return self.kl_coef == 0 and self.ent_coef == 0 and self.ratio_level == "token"
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.clip_coef_low <= 1.0:
             raise ValueError(f"clip_coef_low: expected 0 <= x <= 1, got {self.clip_coef_low}")

@@ -122,6 +122,6 @@ def ppo_loss_triton(*arguments: Any) -> _Four:
         return ppo_loss_torch(*arguments)
     from fastppo_kernels.ppo_loss import ppo_loss
 
-    from fastppo.ops._cuda import _knobs
+    from fastppo.ops._cuda import ppo_knobs
 
-    return ppo_loss(*x[:-1], _knobs(config))
+    return ppo_loss(*x[:-1], ppo_knobs(config))

@@ -46,6 +46,10 @@ class PPOInputs(NamedTuple):
         """The same inputs outside autograd."""
         return self._map(torch.Tensor.detach)
 
+    def contiguous(self) -> PPOInputs:
+        """The same inputs in one piece of memory each."""
+        return self._map(torch.Tensor.contiguous)
+
     def _map(self, fn: Callable[[Tensor], Tensor]) -> PPOInputs:
         return PPOInputs(
             fn(self.old_logprobs),

@@ -102,11 +102,13 @@ def row_gradient(
     softcap: float | None,
     out: Tensor,
 ) -> None:
-    """Write ∂L/∂logits (N, V) into `out`, which may be `logits` itself.
+    """Write ∂L/∂logits (N, V) into `out`, which may be `logits` itself or have another dtype.
 
     Rows with both gradients 0 become exactly 0, whatever their logits hold.
 
     Args:
+        logits: (N, V), or some columns of it; targets count from the first of them, and one that
+            is none of them matches none.
         logprob_grad: g (N,), compute dtype.
         entropy_grad: h (N,) or None when the loss does not use the entropy (saves two passes).
     """
@@ -115,6 +117,8 @@ def row_gradient(
     step = min(_rows_per_block(logits), max(n, 1))
     shifted_buffer = logits.new_empty((step, v), dtype=dtype)
     exp_buffer = torch.empty_like(shifted_buffer)
+    inside = (targets >= 0) & (targets < v)
+    index = torch.where(inside, targets, 0)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         x = logits[rows]
@@ -136,7 +140,8 @@ def row_gradient(
             b = -h * inverse_sum
             a = -(g + h * (stats.entropy[rows] - log_sum)) * inverse_sum
             grad = shifted.mul_(b[:, None]).add_(a[:, None]).mul_(e)
-        grad.scatter_add_(1, targets[rows, None], g[:, None])
+        at_target = torch.where(inside[rows], g, 0.0)
+        grad.scatter_add_(1, index[rows, None], at_target[:, None])
         if slope is not None:
             grad.mul_(slope)
         grad.masked_fill_(dead[:, None], 0.0)

@@ -4,9 +4,10 @@ Shapes: N rows, H hidden, V vocabulary. The maths is `token_logprobs` of
 
     logits = softcap·tanh((hidden · weightᵀ + bias) / softcap)
 
-done for one chunk of rows at a time. The backward pass computes each chunk's logits again, turns
-them into their gradient in place, and multiplies: 4 matrix passes in all (forward 1, backward 3),
-2 of the 3 only where hidden and weight need gradients.
+done for one chunk of rows at a time. The backward pass computes the logits again, turns them into
+their gradient in place, and multiplies: 4 matrix passes in all (forward 1, backward 3), 2 of the 3
+only where hidden and weight need gradients. It goes by tiles of the vocabulary where the weight
+needs a gradient and there are fewer rows than tokens, see `_head_tiles`, else by chunks of rows.
 
     ∂L/∂hidden = ∂L/∂logits · weight,   ∂L/∂weight = ∂L/∂logitsᵀ · hidden,   ∂L/∂bias = Σ_rows
     ∂L/∂logits
@@ -15,23 +16,26 @@ them into their gradient in place, and multiplies: 4 matrix passes in all (forwa
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
-from fastppo.ops._checks import check_targets
+from fastppo.ops._checks import check_num_live, check_targets
 from fastppo.ops._head import (
+    Gradients,
     Head,
     HeadGradients,
-    HeadOptions,
-    check_head,
     chunks,
+    fake_gradients,
+    gradient_dtypes,
     head_operands,
-    head_options,
+    present,
+    wanted,
 )
+from fastppo.ops._head_options import OPTIONS_SCHEMA, HeadOptions, check_head, head_options
+from fastppo.ops._head_tiles import tiled_gradients
 from fastppo.ops._precision import compute_dtype, without_autocast
 from fastppo.ops._rows import RowStats, row_gradient, row_stats
 from fastppo.ops.token_logprobs import LogProbs, token_logprobs_reference
@@ -51,118 +55,182 @@ def linear_logprobs_reference(
     return token_logprobs_reference(logits, targets, temperature=temperature, softcap=softcap)
 
 
-def linear_logprobs_forward(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    options: HeadOptions,
-    row_stats: Callable[..., RowStats] = row_stats,
-) -> RowStats:
-    """Statistics of every row, chunk by chunk."""
-    dtype = compute_dtype(hidden)
-    stats = RowStats(*(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4)))
-    for rows, buffer in chunks(hidden, head.weight.shape[0], options.chunk_bytes):
-        logits = head.logits(hidden[rows], out=buffer)
-        tau = options.temperature_at(rows)
-        for result, part in zip(
-            stats, row_stats(logits, targets[rows], tau, options.softcap), strict=True
-        ):
-            result[rows] = part
-    return stats
+class Backend(NamedTuple):
+    """What a device does with rows of logits."""
+
+    row_stats: Callable[..., RowStats]
+    row_gradient: Callable[..., None]
 
 
-def linear_logprobs_backward(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    stats: RowStats,
-    logprob_grad: Tensor | None,
-    entropy_grad: Tensor | None,
-    options: HeadOptions,
-    row_gradient: Callable[..., None] = row_gradient,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias. Rows whose incoming gradients are 0 are skipped."""
-    g = torch.zeros_like(stats.logprobs) if logprob_grad is None else logprob_grad
-    h = entropy_grad
-    live = (g != 0 if h is None else (g != 0) | (h != 0)).nonzero().squeeze(1)
-    x = hidden.index_select(0, live) if live.shape[0] < hidden.shape[0] else hidden
-    total = HeadGradients(x, head, options)
-    for rows, buffer in chunks(x, head.weight.shape[0], options.chunk_bytes):
-        at = live[rows]
-        logits = head.logits(x[rows], out=buffer)
-        row_gradient(
-            logits,
-            targets[at],
-            RowStats(*(x[at] for x in stats)),
-            g[at],
-            None if h is None else h[at],
-            options.temperature_at(at),
-            options.softcap,
-            out=logits,
-        )
-        total.add(rows, logits)
-    hidden_grad, weight_grad, bias_grad = total.finish()
-    if hidden_grad is not None and live.shape[0] < hidden.shape[0]:
-        hidden_grad = torch.zeros_like(hidden).index_copy_(0, live, hidden_grad)
-    return hidden_grad, weight_grad, bias_grad
-
-
-_Implementation = tuple[Callable[..., RowStats], Callable[..., tuple[Tensor | None, ...]]]
-
-
-def _implementation(device: torch.device) -> _Implementation:
-    """Forward and backward for a device; the one place that chooses."""
+def _implementation(device: torch.device) -> Backend:
+    """Statistics and gradient of rows for a device; the one place that chooses."""
     if device.type == "cuda":
         from fastppo.ops import _cuda
 
-        return (
-            partial(linear_logprobs_forward, row_stats=_cuda.row_stats),
-            partial(linear_logprobs_backward, row_gradient=_cuda.row_gradient),
+        return Backend(_cuda.row_stats, _cuda.row_gradient)
+    return Backend(row_stats, row_gradient)
+
+
+def head_stats(
+    x: Tensor,
+    head: Head,
+    targets: Tensor,
+    options: HeadOptions,
+    row_stats: Callable[..., RowStats],
+) -> RowStats:
+    """Statistics of every row, chunk by chunk."""
+    dtype = compute_dtype(x)
+    stats = RowStats(*(x.new_empty(x.shape[0], dtype=dtype) for _ in range(4)))
+    for rows, part in chunks(x, head.weight.shape[0], options):
+        logits = head.logits(x[rows], out=part.logits)
+        tau = options.temperature_at(rows)
+        parts = row_stats(logits, targets[rows], tau, options.softcap)
+        for result, piece in zip(stats, parts, strict=True):
+            result[rows] = piece
+    return stats
+
+
+def chunked_gradients(
+    x: Tensor,
+    head: Head,
+    targets: Tensor,
+    stats: RowStats,
+    logprob_grad: Tensor,
+    entropy_grad: Tensor | None,
+    options: HeadOptions,
+    dtypes: tuple[torch.dtype, ...],
+    row_gradient: Callable[..., None],
+) -> Gradients:
+    """As `tiled_gradients`, by chunks of rows."""
+    total = HeadGradients(x, head, options, dtypes)
+    for rows, part in chunks(x, head.weight.shape[0], options, grad=True):
+        row_gradient(
+            head.logits(x[rows], out=part.logits),
+            targets[rows],
+            RowStats(*(each[rows] for each in stats)),
+            logprob_grad[rows],
+            None if entropy_grad is None else entropy_grad[rows],
+            options.temperature_at(rows),
+            options.softcap,
+            out=part.grad,
         )
-    return linear_logprobs_forward, linear_logprobs_backward
+        total.add(rows, part.grad)
+    return total.finish()
 
 
-class _LinearLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        options: HeadOptions,
-    ) -> tuple[Tensor, Tensor]:
-        forward, ctx.run_backward = _implementation(hidden.device)
-        x, head = head_operands(hidden, weight, bias)
-        with without_autocast(hidden.device):
-            stats = forward(x, head, targets, options)
-        ctx.save_for_backward(x, head.weight, head.bias, targets, *stats)
-        ctx.options = options
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        ctx.set_materialize_grads(False)
-        return stats.logprobs, stats.entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, logprob_grad: Tensor | None, entropy_grad: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        x, weight, bias, targets, *stats = ctx.saved_tensors
-        with without_autocast(x.device):
-            grads = ctx.run_backward(
-                x,
-                Head(weight, bias),
-                targets,
-                RowStats(*stats),
-                logprob_grad,
-                entropy_grad,
-                ctx.options,
-            )
-        cast = [None if t is None else t.to(d) for t, d in zip(grads, ctx.dtypes, strict=True)]
-        return (*cast, None, None)
+def rows_where(keep: Tensor, count: int | None) -> Tensor | None:
+    """Where `keep` (N,) bool holds, int64 (count,); None where it holds everywhere. A count that is
+    not given costs one host sync on a GPU."""
+    if count is None:
+        rows = keep.nonzero().squeeze(1)
+    else:
+        check_num_live(count, keep)
+        rows = torch.nonzero_static(keep, size=count).squeeze(1)
+    return rows if rows.shape[0] < keep.shape[0] else None
 
 
-_apply: Callable[..., tuple[Tensor, Tensor]] = _LinearLogProbs.apply
+def spread(x: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
+    """(num_rows, …) with x at `rows` and 0 elsewhere."""
+    return x if rows is None else x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
+
+
+@custom_op(
+    "fastppo::linear_logprobs",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? keep, "
+    f"SymInt? num_live, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    keep: Tensor | None,
+    num_live: int | None,
+    *rest: Any,
+) -> RowStats:
+    options, device = HeadOptions(*rest), hidden.device
+    rows = None if keep is None else rows_where(keep, num_live)
+    if rows is not None:
+        hidden, targets, options = hidden[rows], targets[rows], options.select(rows)
+    check_targets(targets, weight.shape[0])
+    with without_autocast(device):
+        x, head = head_operands(hidden, weight, bias, options.dtype)
+        stats = head_stats(x, head, targets, options, _implementation(device).row_stats)
+    count = 0 if keep is None else keep.shape[0]
+    return RowStats(*(spread(each, rows, count) for each in stats))
+
+
+@_forward.register_fake
+def _(hidden: Tensor, *rest: Any) -> RowStats:
+    dtype = compute_dtype(torch.empty((), dtype=rest[-4], device="meta"))
+    return RowStats(*(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4)))
+
+
+@custom_op(
+    "fastppo::linear_logprobs_backward",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? keep, "
+    "SymInt? num_live, Tensor entropy, Tensor max, Tensor log_sum, Tensor g, Tensor? h, "
+    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    keep: Tensor | None,
+    num_live: int | None,
+    entropy: Tensor,
+    max: Tensor,
+    log_sum: Tensor,
+    g: Tensor,
+    h: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    options, num_rows, device = HeadOptions(*rest), hidden.shape[0], hidden.device
+    if keep is None:
+        keep = g != 0 if h is None else (g != 0) | (h != 0)
+    rows = rows_where(keep, num_live)
+    stats = RowStats(entropy, entropy, max, log_sum)  # logprobs themselves are not used
+    dtypes = gradient_dtypes(hidden, weight, bias)
+    if rows is not None:
+        hidden, targets, options = hidden[rows], targets[rows], options.select(rows)
+        stats, g = RowStats(*(each[rows] for each in stats)), g[rows]
+        h = None if h is None else h[rows]
+    with without_autocast(device):
+        x, head = head_operands(hidden, weight, bias, options.dtype)
+        # Tiles sum (N, H) where chunks of rows sum (V, H).
+        tiled = options.needs_weight and x.shape[0] < weight.shape[0]
+        gradients = tiled_gradients if tiled else chunked_gradients
+        backend = _implementation(device)
+        rows_of = (targets, stats, g, h, options, dtypes, backend.row_gradient)
+        dx, *others = gradients(x, head, *rows_of)
+        return present((None if dx is None else spread(dx, rows, num_rows), *others), weight)
+
+
+@_backward.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return fake_gradients(hidden, weight, bias, rest)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, keep, ctx.num_live, tau, taus, *ctx.options = inputs
+    _, entropy, max, log_sum = output
+    ctx.save_for_backward(hidden, weight, bias, targets, keep, taus, entropy, max, log_sum)
+    ctx.temperature = tau
+    ctx.mark_non_differentiable(max, log_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _run_backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_: None) -> tuple[Any, ...]:
+    hidden, weight, bias, targets, keep, taus, *stats = ctx.saved_tensors
+    at = (targets, keep, ctx.num_live, *stats, torch.zeros_like(stats[0]) if g is None else g, h)
+    grads = _backward(hidden, weight, bias, *at, ctx.temperature, taus, *ctx.options)
+    return (*wanted(grads, ctx.options[-3:]), *[None] * 13)
+
+
+_forward.register_autograd(_run_backward, setup_context=_setup_context)
 
 
 def linear_logprobs(
@@ -174,6 +242,8 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     chunk_bytes: int | None = None,
+    low_memory: bool = False,
+    fp32_logits: bool = False,
 ) -> LogProbs:
     """Log-probabilities of `targets` and entropies under softmax of the head's logits.
 
@@ -184,18 +254,41 @@ def linear_logprobs(
         targets: (N,) int32 or int64 token ids.
         temperature: a number, or (N,) floating; divides the (soft-capped) logits, also for entropy.
         softcap: None or c > 0: logits become c·tanh(logits / c).
-        chunk_bytes: bytes of one chunk of logits; None picks a default for the device. Changes
+        chunk_bytes: bytes of one part of the logits; None picks a default for the device. Changes
             speed and memory, and results only by rounding.
+        low_memory: smaller parts by default (256 MiB instead of 2 GiB on a GPU).
+        fp32_logits: keep the logits of half-precision operands in float32 (MiniMax-M1, arXiv
+            2506.13585): 4 bytes a logit, and 2 for its gradient. On a CPU their product then runs
+            in float32.
 
     Returns:
         LogProbs(logprobs, entropy), (N,) float32 in nats. Gradients reach hidden, weight and bias
-        where they require them, each in its own dtype, the last two summed in float32. The backward
-        pass skips rows whose incoming gradients are 0, whose list costs one host sync on a GPU.
+        where they require them, each in its own dtype, summed in float32. The backward pass skips
+        rows whose incoming gradients are 0, whose list costs one host sync on a GPU. Its memory,
+        besides the gradients: one part of the logits, and where weight needs a gradient and N < V
+        (N, H) of float32, twice on a GPU.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or option; on CPU, ids outside [0, V).
     """
     check_head(hidden, weight, targets, bias, temperature, softcap, chunk_bytes)
-    check_targets(targets, weight.shape[0])
-    options = head_options(hidden, weight, bias, temperature, softcap, chunk_bytes)
-    return LogProbs(*_apply(hidden, weight, bias, targets.long(), options))
+    head = (temperature, softcap, chunk_bytes, low_memory, fp32_logits)
+    options = head_options(hidden, weight, bias, *head)
+    return masked_logprobs(hidden, weight, bias, targets, None, None, options)
+
+
+def masked_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    keep: Tensor | None,
+    num_live: int | None,
+    options: HeadOptions,
+) -> LogProbs:
+    """`linear_logprobs` of the rows where `keep` (N,) bool holds, `num_live` of them; the others
+    are 0 and never reach the head, and their incoming gradients are ignored."""
+    logprobs, entropy, _, _ = _forward(
+        hidden, weight, bias, targets.long(), keep, num_live, *options
+    )
+    return LogProbs(logprobs, entropy)

@@ -9,7 +9,8 @@ beforehand, so for each chunk of rows the forward pass does
 
 and keeps the gradients; the backward pass only scales them by the gradient of the loss. On a CUDA
 device the first line, after the product, is one Triton kernel. Recomputing the logits in the
-backward pass would cost a fourth matrix pass. Rows of weight 0 never reach the head.
+backward pass would cost a fourth matrix pass; `low_memory` pays for it to sum nothing of the
+weight's size. Rows that cannot change the loss never reach the head (`live_rows`).
 
 Sequence-level ratios need every row of a sequence before any g is known; they take the plain road,
 `linear_logprobs` then `ppo_loss`, with 4 matrix passes.
@@ -17,29 +18,27 @@ Sequence-level ratios need every row of a sequence before any g is known; they t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
-from fastppo.ops._checks import check_num_live, check_targets, is_one
-from fastppo.ops._head import (
-    Head,
-    HeadGradients,
-    HeadOptions,
-    check_head,
-    chunks,
-    head_operands,
-    head_options,
-)
+from fastppo.ops._checks import check_targets, is_one
+from fastppo.ops._head import fake_gradients, gradient_dtypes, head_operands, present, wanted
+from fastppo.ops._head_options import OPTIONS_SCHEMA, HeadOptions, check_head, head_options
 from fastppo.ops._ppo_config import PPOLossConfig
-from fastppo.ops._ppo_metrics import combine_ppo_metrics
-from fastppo.ops._ppo_rows import PPOInputs, check_ppo_inputs, ppo_rows
-from fastppo.ops._precision import compute_dtype, without_autocast
-from fastppo.ops._rows import row_gradient, row_stats
-from fastppo.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
+from fastppo.ops._ppo_metrics import PPO_METRIC_NAMES
+from fastppo.ops._ppo_rows import PPOInputs, check_ppo_inputs
+from fastppo.ops._ppo_sweep import TORCH, Backend, low_memory_sweep, one_sweep
+from fastppo.ops._precision import without_autocast
+from fastppo.ops.linear_logprobs import (
+    linear_logprobs_reference,
+    masked_logprobs,
+    rows_where,
+    spread,
+)
 from fastppo.ops.ppo_loss import PPOLoss, ppo_loss, ppo_loss_reference
 
 
@@ -79,93 +78,122 @@ def linear_ppo_loss_reference(
     )
 
 
-_Sweep = tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]
+def live_rows(weights: Tensor, advantages: Tensor, config: PPOLossConfig) -> Tensor:
+    """(N,) bool, which rows of `linear_ppo_loss` reach the head: those whose loss and gradient can
+    be other than 0."""
+    live = weights != 0
+    return live & (advantages != 0) if config.zero_advantages_change_nothing else live
 
 
-def linear_ppo_loss_sweep(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    inputs: PPOInputs,
-    config: PPOLossConfig,
-    options: HeadOptions,
-) -> _Sweep:
-    """Loss (), metrics and the gradients of (hidden, weight, bias) at rows that all count."""
-    total = HeadGradients(hidden, head, options)
-    losses, metrics = [], []
-    for rows, buffer in chunks(hidden, head.weight.shape[0], options.chunk_bytes):
-        logits = head.logits(hidden[rows], out=buffer)
-        tau = options.temperature_at(rows)
-        stats = row_stats(logits, targets[rows], tau, options.softcap)
-        part = ppo_rows(stats.logprobs, stats.entropy, inputs.select(rows), config)
-        losses.append(part.loss)
-        metrics.append(part.metrics)
-        if options.needs_grad:
-            g, h = part.logprob_grad, part.entropy_grad
-            row_gradient(logits, targets[rows], stats, g, h, tau, options.softcap, out=logits)
-            total.add(rows, logits)
-    if not losses:
-        empty = hidden.new_zeros(0, dtype=compute_dtype(hidden))
-        part = ppo_rows(empty, empty, inputs, config)
-        return part.loss, part.metrics, total.finish()
-    return torch.stack(losses).sum(), combine_ppo_metrics(metrics), total.finish()
-
-
-def _implementation(device: torch.device) -> Callable[..., _Sweep]:
-    """The sweep for a device; the one place that chooses."""
+def _implementation(device: torch.device) -> Backend:
+    """The rows' work for a device; the one place that chooses."""
     if device.type == "cuda":
         from fastppo.ops import _cuda
 
-        return _cuda.linear_ppo_loss_sweep
-    return linear_ppo_loss_sweep
+        return Backend(_cuda.row_stats, _cuda.row_gradient, _cuda.loss_rows, _cuda.total)
+    return TORCH
 
 
-class _LinearPPOLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        inputs: PPOInputs,
-        config: PPOLossConfig,
-        options: HeadOptions,
-    ) -> tuple[Tensor, Tensor]:
-        x, head = head_operands(hidden, weight, bias)
-        with without_autocast(hidden.device):
-            sweep = _implementation(hidden.device)
-            loss, metrics, grads = sweep(x, head, targets, inputs, config, options)
-        pairs = zip(grads, (hidden, weight, bias), strict=True)
-        ctx.grads = [None if g is None or t is None else g.to(t.dtype) for g, t in pairs]
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
+@custom_op(
+    "fastppo::linear_ppo_loss",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor old_logprobs, "
+    "Tensor advantages, Tensor weights, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
+    "SymInt? num_live, float[] numbers, str kl_estimator, str is_correction, "
+    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    num_live: int | None,
+    numbers: list[float],
+    kl_estimator: str,
+    is_correction: str,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """Loss, metrics, and the gradients of hidden, weight and bias, empty where not wanted."""
+    config, options = _config(numbers, kl_estimator, is_correction), HeadOptions(*rest)
+    inputs = PPOInputs(old_logprobs, advantages, weights, ref_logprobs, rollout_logprobs)
+    num_rows, device = targets.shape[0], hidden.device
+    dtypes = gradient_dtypes(hidden, weight, bias)
+    rows = rows_where(live_rows(weights, advantages, config), num_live)
+    if rows is not None:
+        hidden, targets = hidden[rows], targets[rows]
+        inputs, options = inputs.select(rows), options.select(rows)
+    check_targets(targets, weight.shape[0])
+    with without_autocast(device):
+        x, head = head_operands(hidden, weight, bias, options.dtype)
+        tiled = x.shape[0] == 0 or (options.low_memory and options.needs_weight)
+        sweep = low_memory_sweep if tiled else one_sweep
+        backend = _implementation(device)
+        loss, metrics, (dx, *others) = sweep(
+            x, head, targets, inputs, config, options, dtypes, backend
+        )
+        dx = None if dx is None else spread(dx, rows, num_rows)
+        return loss, metrics, *present((dx, *others), weight)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.grads is None:
-            raise RuntimeError(
-                "linear_ppo_loss: backward ran twice; its gradients are computed in the forward "
-                "pass and handed out once. Call linear_ppo_loss again"
-            )
-        grads, ctx.grads = ctx.grads, None
-        if not is_one(grad):
-            for g in grads:
-                if g is not None:
-                    g.mul_(grad)
-        return (*grads, None, None, None, None)
+
+def _numbers(config: PPOLossConfig) -> list[float]:
+    dual_clip = math.inf if config.dual_clip is None else config.dual_clip
+    clips = [config.clip_coef_low, config.clip_coef_high, dual_clip]
+    caps = [config.is_cap, config.is_low, config.is_high]
+    return [*clips, config.kl_coef, config.ent_coef, *caps]
 
 
-_apply: Callable[..., tuple[Tensor, Tensor]] = _LinearPPOLoss.apply
+def _config(numbers: list[float], kl_estimator: Any, is_correction: Any) -> PPOLossConfig:
+    """The inverse of `_numbers`, for token-level ratios."""
+    low, high, dual_clip, kl_coef, ent_coef, is_cap, is_low, is_high = numbers
+    return PPOLossConfig(
+        clip_coef_low=low,
+        clip_coef_high=high,
+        dual_clip=None if dual_clip == math.inf else dual_clip,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        ent_coef=ent_coef,
+        is_correction=is_correction or None,
+        is_cap=is_cap,
+        is_low=is_low,
+        is_high=is_high,
+    )
 
 
-def _live_rows(weights: Tensor, num_live: int | None) -> Tensor:
-    """Where the weights (N,) are not 0: (num_live,) int64."""
-    if num_live is None:
-        return weights.nonzero().squeeze(1)
-    check_num_live(num_live, weights)
-    return torch.nonzero_static(weights, size=num_live).squeeze(1)
+@_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    dtype = torch.float64 if rest[-4] == torch.float64 else torch.float32
+    loss = hidden.new_empty((), dtype=dtype)
+    metrics = hidden.new_empty(len(PPO_METRIC_NAMES), dtype=torch.float32)
+    return loss, metrics, *fake_gradients(hidden, weight, bias, rest)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, metrics, *gradients = output
+    ctx.grads = wanted(gradients, inputs[-3:])
+    ctx.num_inputs = len(inputs)
+    ctx.mark_non_differentiable(metrics, *gradients)
+
+
+def _run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    if ctx.grads is None:
+        raise RuntimeError(
+            "linear_ppo_loss: backward ran twice; its gradients are computed in the forward "
+            "pass and handed out once. Call linear_ppo_loss again"
+        )
+    grads, ctx.grads = ctx.grads, None
+    if not is_one(grad):
+        # In place where the memory is real; torch.compile must not see an output change.
+        in_place = type(grad) is Tensor
+        grads = [g if g is None else g.mul_(grad) if in_place else g * grad for g in grads]
+    return (*grads, *[None] * (ctx.num_inputs - 3))
+
+
+_loss.register_autograd(_run_backward, setup_context=_setup_context)
 
 
 def linear_ppo_loss(
@@ -185,21 +213,30 @@ def linear_ppo_loss(
     chunk_bytes: int | None = None,
     cu_seqlens: Tensor | None = None,
     num_live: int | None = None,
+    low_memory: bool = False,
+    fp32_logits: bool = False,
 ) -> PPOLoss:
     """`ppo_loss` of the head's log-probabilities and entropies, with gradients for the head's
     inputs.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, chunk_bytes: as in `linear_logprobs`.
+        hidden, weight, targets, bias, temperature, softcap, chunk_bytes, fp32_logits: as in
+            `linear_logprobs`.
         old_logprobs, advantages, weights, config, ref_logprobs, rollout_logprobs, cu_seqlens: as in
-            `ppo_loss`. Rows of weight 0 are dropped first (hidden may be NaN there, targets out of
-            range).
-        num_live: how many weights are not 0; None: counting them costs one host sync on a GPU.
+            `ppo_loss`. Rows that `live_rows` leaves out are dropped first (hidden may be NaN there,
+            targets out of range): weight 0, or advantage 0 and neither a KL term nor an entropy
+            bonus nor a sequence-level ratio.
+        num_live: how many rows `live_rows` keeps; None: counting them costs one host sync on a GPU.
+        low_memory: 4 matrix passes instead of 3 where weight needs a gradient, and smaller parts of
+            logits by default (256 MiB instead of 2 GiB on a GPU). Memory besides the gradients, in
+            bytes, b those of an operand and P = chunk_bytes: min(P, N·V·b), and unless that is all
+            of them, 4·V·H and at most 256 MiB; with low_memory P + 8·N·H.
 
     Returns:
-        PPOLoss(loss, metrics). Gradients are computed together with the loss, unless nothing
-        requires one or grad mode is off, and handed out once: a second backward raises
-        RuntimeError.
+        PPOLoss(loss, metrics). The metrics describe the rows that reached the head; so does their
+        num_tokens, and means stay means. Gradients are computed together with the loss,
+        unless nothing requires one or grad mode is off, and handed out once: a second backward
+        raises RuntimeError.
 
     Raises:
         TypeError, ValueError: as `linear_logprobs` and `ppo_loss`.
@@ -208,32 +245,30 @@ def linear_ppo_loss(
     inputs = PPOInputs(old_logprobs, advantages, weights, ref_logprobs, rollout_logprobs)
     check_ppo_inputs(targets, inputs, config, cu_seqlens)
     inputs = inputs.detach()
-    live = _live_rows(inputs.weights, num_live)
-    all_inputs, num_rows = inputs, targets.shape[0]
-    if live.shape[0] < num_rows:
-        hidden, targets = hidden.index_select(0, live), targets[live]
-        inputs = inputs.select(live)
-        temperature = temperature[live] if isinstance(temperature, Tensor) else temperature
-    check_targets(targets, weight.shape[0])
+    how = (temperature, softcap, chunk_bytes, low_memory, fp32_logits)
+    options = head_options(hidden, weight, bias, *how)
     if config.ratio_level == "sequence":
-        lp = linear_logprobs(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            chunk_bytes=chunk_bytes,
-        )
-        zeros = lp.logprobs.new_zeros(num_rows)
+        keep = live_rows(inputs.weights, inputs.advantages, config)
+        lp = masked_logprobs(hidden, weight, bias, targets, keep, num_live, options)
         return ppo_loss(
-            zeros.index_copy(0, live, lp.logprobs),
-            *all_inputs[:3],
+            lp.logprobs,
+            *inputs[:3],
             config,
-            entropy=zeros.index_copy(0, live, lp.entropy),
-            ref_logprobs=ref_logprobs,
-            rollout_logprobs=rollout_logprobs,
+            entropy=lp.entropy,
+            ref_logprobs=inputs.ref_logprobs,
+            rollout_logprobs=inputs.rollout_logprobs,
             cu_seqlens=cu_seqlens,
         )
-    options = head_options(hidden, weight, bias, temperature, softcap, chunk_bytes)
-    return PPOLoss(*_apply(hidden, weight, bias, targets.long(), inputs, config, options))
+    names = (config.kl_estimator, config.is_correction or "")
+    loss, metrics, *_ = _loss(
+        hidden,
+        weight,
+        bias,
+        targets.long(),
+        *inputs,
+        num_live,
+        _numbers(config),
+        *names,
+        *options,
+    )
+    return PPOLoss(loss, metrics)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
 from fastppo.ops._checks import (
     FLOATS,
@@ -69,36 +70,104 @@ def _implementation(device: torch.device) -> _Implementation:
     return row_stats, row_gradient
 
 
+_ROWS = "float temperature, Tensor? temperatures, float? softcap"
+_BACKWARD = f"Tensor entropy, Tensor max, Tensor log_sum, Tensor g, Tensor? h, {_ROWS}"
+
+
+@custom_op(
+    "fastppo::token_logprobs_fwd",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor targets, {_ROWS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+) -> RowStats:
+    statistics, _ = _implementation(logits.device)
+    tau = temperature if temperatures is None else temperatures
+    with without_autocast(logits.device):
+        return statistics(logits, targets, tau, softcap)
+
+
+@_forward.register_fake
+def _(logits: Tensor, *_: object) -> RowStats:
+    dtype, n = compute_dtype(logits), logits.shape[0]
+    return RowStats(*(logits.new_empty(n, dtype=dtype) for _ in range(4)))
+
+
+@custom_op(
+    "fastppo::token_logprobs_bwd_out",
+    mutates_args={"out"},
+    schema=f"(Tensor logits, Tensor targets, {_BACKWARD}, Tensor(a!) out) -> ()",
+)
+def _backward_out(logits: Tensor, targets: Tensor, *rest: Any) -> None:
+    *rows, out = rest
+    _write_gradient(logits, targets, out, *rows)
+
+
+@custom_op(
+    "fastppo::token_logprobs_bwd_",
+    mutates_args={"logits"},
+    schema=f"(Tensor(a!) logits, Tensor targets, {_BACKWARD}) -> ()",
+)
+def _backward_(logits: Tensor, targets: Tensor, *rest: Any) -> None:
+    _write_gradient(logits, targets, logits, *rest)
+
+
+def _write_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    out: Tensor,
+    entropy: Tensor,
+    max: Tensor,
+    log_sum: Tensor,
+    g: Tensor,
+    h: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+) -> None:
+    _, gradient = _implementation(logits.device)
+    tau = temperature if temperatures is None else temperatures
+    stats = RowStats(entropy, entropy, max, log_sum)  # logprobs themselves are not used
+    with without_autocast(logits.device):
+        gradient(logits, targets, stats, g, h, tau, softcap, out=out)
+
+
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         logits: Tensor,
         targets: Tensor,
-        temperature: float | Tensor,
+        temperature: float,
+        temperatures: Tensor | None,
         softcap: float | None,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
-        statistics, ctx.gradient = _implementation(logits.device)
-        with without_autocast(logits.device):
-            stats = statistics(logits, targets, temperature, softcap)
-        ctx.save_for_backward(logits, targets, *stats)
+        logprobs, *rows = _forward(logits, targets, temperature, temperatures, softcap)
+        ctx.save_for_backward(logits, targets, *rows, temperatures)
         ctx.temperature, ctx.softcap, ctx.inplace = temperature, softcap, inplace
         ctx.set_materialize_grads(False)
-        return stats.logprobs, stats.entropy
+        return logprobs, rows[0]
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, logprob_grad: Tensor | None, entropy_grad: Tensor | None
-    ) -> tuple[Tensor, None, None, None, None]:
-        logits, targets, *rows = ctx.saved_tensors
-        stats, tau = RowStats(*rows), ctx.temperature
-        g = torch.zeros_like(stats.logprobs) if logprob_grad is None else logprob_grad
-        out = logits if ctx.inplace else torch.empty_like(logits)
-        with without_autocast(logits.device):
-            ctx.gradient(logits, targets, stats, g, entropy_grad, tau, ctx.softcap, out=out)
-        return out, None, None, None, None
+    ) -> tuple[Tensor | None, ...]:
+        logits, targets, entropy, max, log_sum, tau = ctx.saved_tensors
+        g = torch.zeros_like(entropy) if logprob_grad is None else logprob_grad
+        rows = (targets, entropy, max, log_sum, g, entropy_grad, ctx.temperature, tau, ctx.softcap)
+        if ctx.inplace:
+            _backward_(logits, *rows)
+            return logits, None, None, None, None, None
+        out = torch.empty_like(logits)
+        _backward_out(logits, *rows, out)
+        return out, None, None, None, None, None
 
 
 _apply: Callable[..., tuple[Tensor, Tensor]] = _TokenLogProbs.apply
@@ -137,5 +206,9 @@ def token_logprobs(
     check_targets(targets, logits.shape[1])
     check_temperature(temperature, targets)
     check_softcap(softcap)
-    tau = temperature.detach() if isinstance(temperature, Tensor) else float(temperature)
-    return LogProbs(*_apply(logits, targets.long(), tau, softcap, inplace_backward))
+    tau = (
+        (1.0, temperature.detach())
+        if isinstance(temperature, Tensor)
+        else (float(temperature), None)
+    )
+    return LogProbs(*_apply(logits, targets.long(), *tau, softcap, inplace_backward))

@@ -228,9 +228,8 @@ def _logits(writes: bool) -> _Rule:
 
     def rule(arguments: _Arguments, concrete: Sequence[Any]) -> Cost:
         x = arguments[0]
-        grad = writes and str(concrete[-1]) != "False"  # needs_grad is the last where there is one
-        flops = 15 * x.numel if grad else 8 * x.numel
-        return _cost(flops, *_present(arguments[:7]), written=x.bytes if grad else 0)
+        flops = 15 * x.numel if writes else 8 * x.numel
+        return _cost(flops, *_present(arguments[:7]), written=x.bytes if writes else 0)
 
     return rule
 
@@ -295,7 +294,6 @@ RULES: Mapping[str, _Rule] = {
     "fastppo::token_logprobs_fwd": _logits(False),
     "fastppo::token_logprobs_bwd_out": _logits(True),
     "fastppo::token_logprobs_bwd_": _logits(True),
-    "fastppo::ppo_rows_": _logits(True),
     **dict.fromkeys(("fastppo::gae", "fastppo::gae_classic", "fastppo::vtrace"), _scan(12)),
     "fastppo::ppo_loss": _scan(80),
     "fastppo::value_loss": _rows(20),

@@ -70,15 +70,16 @@ def record(launcher: Callable[[], Any]) -> list[Call]:
     return calls
 
 
-def compile_call(call: Call, target: GPUTarget) -> Any:
-    """Compile one recorded launch, with the specialisation Triton's runtime would choose."""
+def specialise(call: Call) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """Types, compile-time constants and divisibility hints that Triton's runtime would choose."""
     parameters = {p.name: p for p in call.kernel.params}
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     hints: dict[tuple[int], list[list[Any]]] = {}
     for index, name in enumerate(call.kernel.arg_names):
-        value = call.arguments[name]
-        if parameters[name].is_constexpr or value is None or (type(value) is int and value == 1):
+        value, parameter = call.arguments[name], parameters[name]
+        by_value = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (by_value and value == 1):
             signature[name], constants[index,] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
@@ -86,11 +87,17 @@ def compile_call(call: Call, target: GPUTarget) -> Any:
                 hints[index,] = [["tt.divisibility", 16]]
         elif type(value) is int:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if by_value and value % 16 == 0:
                 hints[index,] = [["tt.divisibility", 16]]
         else:
             assert type(value) is float, f"{name}: {value!r}"
             signature[name] = "fp32"
+    return signature, constants, hints
+
+
+def compile_call(call: Call, target: GPUTarget) -> Any:
+    """Compile one recorded launch, with the specialisation Triton's runtime would choose."""
+    signature, constants, hints = specialise(call)
     source = ASTSource(fn=call.kernel, signature=signature, constexprs=constants, attrs=hints)
     num_warps = call.num_warps * 32 // target.warp_size
     options = {"num_warps": num_warps, "enable_fp_fusion": True}

@@ -24,21 +24,24 @@ VOCABS = (1024, 16384, 151936, 50257)
 TOKENS = 65_537
 
 
-def meta_logits(vocab: int, dtype: torch.dtype) -> Tensor:
-    """(ROWS, vocab) logits in rows of a multiple of 16 elements."""
+def meta_logits(vocab: int, dtype: torch.dtype, rows: int = ROWS) -> Tensor:
+    """(rows, vocab) logits in rows of a multiple of 16 elements."""
     padded = -(-vocab // 16) * 16
-    return torch.empty((ROWS, padded), dtype=dtype, device="meta")[:, :vocab]
+    return torch.empty((rows, padded), dtype=dtype, device="meta")[:, :vocab]
 
 
-def _rows(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(ROWS, dtype=dtype, device="meta")
+def _rows(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Tensor:
+    return torch.empty(rows, dtype=dtype, device="meta")
 
 
-def _token_logprobs(vocab: int, dtype: torch.dtype, options: bool) -> None:
+def _token_logprobs(
+    vocab: int, dtype: torch.dtype, options: bool, grad: torch.dtype | None = None
+) -> None:
     logits, targets = meta_logits(vocab, dtype), _rows(torch.int64)
+    out = logits if grad is None else meta_logits(vocab, grad)
     tau, softcap = (_rows(), 30.0) if options else (1.0, None)
     stats = token_logprobs_fwd(logits, targets, tau, softcap)
-    token_logprobs_bwd_out(logits, targets, stats, _rows(), _rows(), tau, softcap, out=logits)
+    token_logprobs_bwd_out(logits, targets, stats, _rows(), _rows(), tau, softcap, out=out)
 
 
 def _knobs(options: bool) -> PPOKnobs:
@@ -56,11 +59,14 @@ def _knobs(options: bool) -> PPOKnobs:
     )
 
 
-def _ppo_rows(vocab: int, dtype: torch.dtype, options: bool) -> None:
+def _ppo_rows(
+    vocab: int, dtype: torch.dtype, options: bool, grad: torch.dtype | None = None
+) -> None:
     knobs = _knobs(options)
     ref, rollout = (_rows(), _rows()) if options else (None, None)
     tau, softcap = (_rows(), 30.0) if options else (1.0, None)
     logits, targets = meta_logits(vocab, dtype), _rows(torch.int64)
+    out = logits if grad is None else meta_logits(vocab, grad)
     old, advantages, weights = _rows(), _rows(), _rows()
     ppo_rows(
         logits,
@@ -73,7 +79,7 @@ def _ppo_rows(vocab: int, dtype: torch.dtype, options: bool) -> None:
         knobs,
         tau,
         softcap,
-        needs_grad=True,
+        out=out,
     )
 
 
@@ -99,6 +105,7 @@ def cases() -> dict[str, Call]:
         add("fp16 151936", partial(op, 151936, torch.float16, False))
         add("fp32 151936", partial(op, 151936, torch.float32, False))
         add("bf16 151936 options", partial(op, 151936, torch.bfloat16, True))
+        add("fp32 to bf16 151936", partial(op, 151936, torch.float32, False, torch.bfloat16))
     for suffix, launcher in scan_launches():
         add(suffix, launcher)
     add("fp32", partial(_losses, torch.float32, False))

@@ -1,4 +1,4 @@
-"""The PPO loss of rows of logits, and its gradient written over them, in one launch.
+"""The PPO loss of rows of logits, and their gradient, in one launch.
 
 Shapes: N rows, V vocabulary, b bytes per logit. For each row the kernel reads the logits once for
 logprob and entropy, then knows the row's share of the loss
@@ -11,18 +11,19 @@ first, because it is still in the L2 cache, and writes
 
     ∂L/∂logit_j = (1/τ)·[ g·(1[j = y] − p_j) − h·p_j·(ln p_j + entropy) ]·(1 − (x_j/c)²)
 
-over it. Rows of weight 0 get a gradient of 0 and add nothing, whatever they hold.
+over it, or into another array. Rows of weight 0 get a gradient of 0 and add nothing, whatever they
+hold.
 
 Every row also writes its entries of the loss and the metrics; summing (or maximising) them over the
 rows is the second stage, so no sum depends on timing.
 
 Bytes moved per row: V·b read from memory, V·b read again (from the L2 cache where it fits), V·b
-written; without gradients only the first.
+written (of the other array's b); without gradients only the first.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -80,21 +81,11 @@ class PPOKnobs:
     kl: int
     correction: int
 
-    def flat(self) -> tuple[list[float], int, int]:
-        """As the arguments of a custom op: the real numbers, then kl and correction."""
-        *numbers, kl, correction = astuple(self)
-        return numbers, kl, correction
 
-    @classmethod
-    def from_flat(cls, numbers: list[float], kl: int, correction: int) -> PPOKnobs:
-        """The inverse of `flat`."""
-        names = (field.name for field in fields(cls))
-        return cls(**dict(zip(names, (*numbers, kl, correction), strict=True)))  # type: ignore[arg-type]
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["stride_entry"])  # the number of rows
 def ppo_rows_kernel(
     logits_ptr,
+    out_ptr,
     targets_ptr,
     temperatures_ptr,
     old_ptr,
@@ -106,6 +97,8 @@ def ppo_rows_kernel(
     vocab,
     stride_row,
     stride_col,
+    stride_out_row,
+    stride_out_col,
     stride_entry,
     temperature,
     softcap,
@@ -125,7 +118,6 @@ def ppo_rows_kernel(
     KL: tl.constexpr,
     CORRECTION: tl.constexpr,
     HAS_ENTROPY_GRAD: tl.constexpr,
-    NEEDS_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -174,7 +166,7 @@ def ppo_rows_kernel(
     for i in tl.static_range(NUM_ENTRIES):
         tl.store(at + i * stride_entry, terms[2 + i])
 
-    if NEEDS_GRAD:
+    if out_ptr is not None:
         # Every thread has read the row, the target's logit included, before one writes to it.
         tl.debug_barrier()
         g, h = terms[0], terms[1]
@@ -184,13 +176,13 @@ def ppo_rows_kernel(
         for step in tl.range(0, steps):
             write_gradient(
                 row_ptr,
-                row_ptr,
+                out_ptr + row * stride_out_row,
                 (steps - 1 - step) * BLOCK,
                 target,
                 live,
                 vocab,
                 stride_col,
-                stride_col,
+                stride_out_col,
                 m,
                 LOG2_E / tau,
                 at_target,
@@ -214,10 +206,12 @@ def ppo_rows(
     knobs: PPOKnobs,
     temperature: float | Tensor,
     softcap: float | None,
-    needs_grad: bool,
+    out: Tensor | None,
 ) -> Tensor:
-    """Entries (len(ENTRIES), N) float32 of every row; with `needs_grad` the logits (N, V) become
-    the gradient of the summed loss.
+    """Entries (len(ENTRIES), N) float32 of every row, and the gradient of the summed loss.
+
+    The gradient (N, V) goes to `out`, which may be `logits` itself or have another dtype; None:
+    nobody wants it.
 
     An entry that needs ref_logprobs or rollout_logprobs and has none is NaN. Arguments as in
     `token_logprobs_fwd`; the per-row inputs are (N,) floating and contiguous.
@@ -225,6 +219,7 @@ def ppo_rows(
     rows = temperature if isinstance(temperature, Tensor) else None
     inputs = (old_logprobs, advantages, weights, ref_logprobs, rollout_logprobs)
     check_logits(logits, targets, rows, *inputs)
+    assert out is None or out.shape == logits.shape
     assert knobs.kl_coef == 0 or ref_logprobs is not None
     assert knobs.correction == 0 or rollout_logprobs is not None
     n, vocab = logits.shape
@@ -237,6 +232,7 @@ def ppo_rows(
         (n,),
         table,
         logits_ptr=logits,
+        out_ptr=out,
         targets_ptr=targets,
         temperatures_ptr=rows,
         old_ptr=old_logprobs,
@@ -248,6 +244,8 @@ def ppo_rows(
         vocab=vocab,
         stride_row=logits.stride(0),
         stride_col=logits.stride(1),
+        stride_out_row=0 if out is None else out.stride(0),
+        stride_out_col=0 if out is None else out.stride(1),
         stride_entry=n,
         temperature=1.0 if rows is not None else float(temperature),
         softcap=1.0 if softcap is None else float(softcap),
@@ -267,7 +265,6 @@ def ppo_rows(
         KL=knobs.kl,
         CORRECTION=knobs.correction,
         HAS_ENTROPY_GRAD=knobs.ent_coef != 0,
-        NEEDS_GRAD=needs_grad,
         BLOCK=table.block,
         WIDTH=16 // logits.itemsize,
     )

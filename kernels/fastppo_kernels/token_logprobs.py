@@ -224,9 +224,11 @@ def token_logprobs_bwd_out(
     softcap: float | None,
     out: Tensor,
 ) -> None:
-    """Write ∂L/∂logits (N, V) into `out`, which may be `logits` itself.
+    """Write ∂L/∂logits (N, V) into `out`, which may be `logits` itself or have another dtype.
 
-    Rows whose gradients are both 0 become exactly 0, whatever their logits hold.
+    Rows whose gradients are both 0 become exactly 0, whatever their logits hold. `logits` may be
+    some columns of those the statistics are of: targets then count from the first of them, and one
+    that is none of them matches none.
 
     Args:
         logprobs_grad, entropy_grad: (N,) floating; entropy_grad None where the loss does not use
@@ -234,7 +236,7 @@ def token_logprobs_bwd_out(
     """
     rows = temperature if isinstance(temperature, Tensor) else None
     check_logits(logits, targets, rows, logprobs_grad, entropy_grad, *stats)
-    assert out.shape == logits.shape and out.dtype == logits.dtype
+    assert out.shape == logits.shape
     n, vocab = logits.shape
     if n == 0:
         return

@@ -13,13 +13,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from fastppo_kernels.aot import TARGETS, compile_call, report
+from fastppo_kernels import aot_cases
+from fastppo_kernels.aot import TARGETS, compile_call, report, specialise
 from fastppo_kernels.aot_cases import VOCABS, cases
 from fastppo_kernels.launch import choose
 from fastppo_kernels.token_logprobs import GRADIENT_LAUNCHES, STATISTICS_LAUNCHES
@@ -62,6 +64,15 @@ def test_parts_are_released_to_the_last_program(name):
     after = steps[arrival + 1 :]
     assert after[:3] == ["bar.sync", "st.global.b32", "bar.sync"]
     assert "ld.global" in "".join(after[3:])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 48, 70_000])
+def test_the_number_of_rows_is_no_part_of_a_kernel(rows, monkeypatch):
+    """Another number of rows would otherwise compile in the middle of a run."""
+    usual = {name: specialise(call) for name, call in cases().items()}
+    monkeypatch.setattr(aot_cases, "meta_logits", partial(aot_cases.meta_logits, rows=rows))
+    monkeypatch.setattr(aot_cases, "_rows", partial(aot_cases._rows, rows=rows))
+    assert {name: specialise(call) for name, call in cases().items()} == usual
 
 
 def test_profile_prints_the_table(capsys, monkeypatch):

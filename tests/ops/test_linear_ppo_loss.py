@@ -185,7 +185,7 @@ def test_on_policy_ratio_is_exactly_one(rng):
 def test_no_gradient_work_when_none_is_wanted(rng, monkeypatch):
     import sys
 
-    module = sys.modules["fastppo.ops.linear_ppo_loss"]
+    module = sys.modules["fastppo.ops._ppo_sweep"]
     (hidden, weight, _), targets, rows = draw(rng)
     wanted = linear_ppo_loss(hidden, weight, targets, config=PPOLossConfig(), **rows)
     calls = []
@@ -229,6 +229,8 @@ def test_autocast(rng, no_worse):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plain = run(linear_ppo_loss_reference, leaves, targets, rows, config)
         ours = run(linear_ppo_loss, leaves, targets, rows, config)
+    same = run(linear_ppo_loss, [x.bfloat16() for x in leaves], targets, rows, config)
+    assert torch.equal(ours[0], same[0])
     for a, b, c in zip(ours[:4], plain, truth, strict=False):
         no_worse(a, b, c, rel=BF16_ROUNDING)
     assert all(x.dtype == torch.float32 for x in ours)

@@ -20,12 +20,12 @@ from fastppo_kernels import last_block, ppo_loss, value_loss
 from fastppo_kernels.launch import Launch
 
 from fastppo.ops import PPOLossConfig
-from fastppo.ops._cuda import _knobs
+from fastppo.ops._cuda import ppo_knobs
 
 SMALL = Launch(16, 4)
 CONFIG = PPOLossConfig(kl_coef=0.1, ent_coef=0.1)
 LAUNCHERS = {
-    "ppo_loss": lambda x: ppo_loss.ppo_loss(*x, _knobs(CONFIG), table=SMALL, chunk=2),
+    "ppo_loss": lambda x: ppo_loss.ppo_loss(*x, ppo_knobs(CONFIG), table=SMALL, chunk=2),
     "value_loss": lambda x: value_loss.value_loss(*x[:4], 0.2, None, table=SMALL, chunk=2),
 }
 
