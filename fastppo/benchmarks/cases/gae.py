@@ -143,7 +143,6 @@ def reference(function: Padded) -> Callable[[Inputs, Size], Outputs]:
 
 def gae_case(name: str, mode: MaskMode, peers: dict[str, Provider], baseline: Padded) -> Case:
     masked = mode != "none"
-    mask_bytes, mask_text = (1, " + 1 mask") if masked else (0, "")
     return Case(
         name=name,
         sizes=SIZES,
@@ -153,8 +152,8 @@ def gae_case(name: str, mode: MaskMode, peers: dict[str, Provider], baseline: Pa
         baseline=next(iter(peers)),
         # r, V read and A, R written in float32; the mask is one byte
         bytes=Count(
-            f"B·T·(16{mask_text}): r, V read, A, R written, fp32",
-            lambda size: size["B"] * size["T"] * (16 + mask_bytes),
+            f"{16 + masked}·B·T: r, V{', mask' if masked else ''} read, A, R written, fp32",
+            lambda size: (16 + masked) * size["B"] * size["T"],
         ),
         # δ = r + γV' − V: 3; A = δ + γλA: 2; R = A + V: 1
         flops=Count("6·B·T", lambda size: 6 * size["B"] * size["T"]),

@@ -1,0 +1,148 @@
+"""Plots of a result: time, memory and share of the roofline per case; growth for scaling cases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from fastppo.benchmarks.results import Result, Row
+from fastppo.benchmarks.run import COPY
+from fastppo.benchmarks.scaling import series, slope
+from fastppo.benchmarks.tables import OURS, bytes_text, scaling_cases, seconds_text
+
+ACCENT, OTHER, FLOOR, INK = "#1f6feb", "#8c959f", "#d0d7de", "#1f2328"
+LINES = ("#1f6feb", "#bc4c00", "#1a7f37", "#8250df", "#57606a", "#bf3989")
+
+
+def save_plots(result: Result, folder: Path) -> list[Path]:
+    """Write a PNG per case into `folder`.
+
+    Returns:
+        The files.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style |= {"text.color": INK, "axes.edgecolor": OTHER}
+    growing, written = scaling_cases(result), []
+    with plt.rc_context(style):
+        for case, group in groupby(result.rows, key=lambda row: row.case):
+            rows = [row for row in group if row.status == "ok"]
+            if not rows:
+                continue
+            figure = _growth(plt, case, growing[case]) if case in growing else _bars(plt, rows)
+            figure.text(0.995, 0.005, _caption(result), ha="right", va="bottom", fontsize=7)
+            path = folder / f"{re.sub(r'[^a-z0-9_-]', '_', case.lower())}.png"
+            figure.savefig(path, dpi=140)
+            plt.close(figure)
+            written.append(path)
+    return written
+
+
+def _caption(result: Result) -> str:
+    machine = result.machine
+    hardware = machine.get("gpu") or f"{machine.get('cpu')}, {machine.get('threads')} threads"
+    return f"{hardware}; torch {result.versions.get('torch')}; {result.date}"
+
+
+def _bars(plt: Any, rows: Sequence[Row]) -> Any:
+    """A row of panels per size: time, memory, share of the roofline."""
+    sizes = [(size, list(group)) for size, group in groupby(rows, key=lambda row: row.size)]
+    heights = [0.75 + 0.27 * len(group) for _, group in sizes]
+    figure, axes = plt.subplots(
+        len(sizes),
+        3,
+        figsize=(12, 0.9 + sum(heights)),
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+    )
+    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
+    for line, (size, group) in zip(axes, sizes, strict=True):
+        _panel(line[0], group, lambda row: row.median, seconds_text, log=True)
+        _panel(line[1], group, lambda row: row.peak_bytes, bytes_text)
+        _panel(line[2], group, lambda row: row.roofline, "{:.1%}".format)
+        line[0].set_title(f"{group[0].case}, {size}", loc="left", fontweight="bold")
+        for axis in line[1:]:
+            axis.set_yticklabels([])
+    for axis, name in zip(axes[0], ("time", "peak memory", "share of the roofline"), strict=True):
+        axis.set_title(name, loc="right")
+    return figure
+
+
+def _panel(
+    axis: Any,
+    rows: Sequence[Row],
+    value: Callable[[Row], float | None],
+    text: Callable[[float], str],
+    log: bool = False,
+) -> None:
+    """Bars from the top down, each with its number."""
+    values = [value(row) for row in rows]
+    places = range(len(rows))
+    colours = [_colour(row.provider) for row in rows]
+    spread = [row.spread / 2 for row in rows] if log else None
+    axis.barh(
+        places, [v or 0.0 for v in values], color=colours, xerr=spread, ecolor=INK, height=0.7
+    )
+    known = [v for v in values if v]
+    if log and known:
+        axis.set_xscale("log")
+        axis.set_xlim(min(known) / 3, max(known) * 8)
+    elif known:
+        axis.set_xlim(0, max(known) * 1.25)
+    for place, v in zip(places, values, strict=True):
+        label = "not measured" if v is None else text(v)
+        axis.annotate(
+            label,
+            (v or 0.0 if not log else v, place),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axis.set_yticks(list(places), [row.provider for row in rows])
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", length=0)
+    axis.xaxis.set_major_formatter(lambda v, _: text(v) if v else "0")
+    axis.xaxis.set_minor_formatter(lambda *_: "")
+    axis.locator_params(axis="x", nbins=4) if not log else None
+
+
+def _colour(provider: str) -> str:
+    if provider.startswith(OURS):
+        return ACCENT
+    return FLOOR if provider == COPY else OTHER
+
+
+def _growth(plt: Any, case: str, rows: Sequence[Row]) -> Any:
+    """Time and memory on logarithmic axes, with the exponent of the fit in the legend."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
+    figure.suptitle(case, x=0.01, ha="left", fontweight="bold")
+    names = [name for name in dict.fromkeys(row.provider for row in rows) if name != COPY]
+    for axis, what, text in zip(
+        axes, ("seconds", "bytes"), (seconds_text, bytes_text), strict=True
+    ):
+        for name, points in series(rows, what).items():
+            if name == COPY:
+                continue
+            exponent = slope(points)
+            label = name if exponent is None else f"{name}: slope {exponent:.2f}"
+            colour = LINES[names.index(name) % len(LINES)]
+            axis.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
+        axis.set(xscale="log", yscale="log", title="time" if what == "seconds" else "peak memory")
+        numbers = sorted({row.axis for row in rows if row.axis is not None})
+        axis.set_xticks(numbers, [f"{number:g}" for number in numbers])
+        axis.xaxis.set_minor_locator(plt.NullLocator())
+        axis.yaxis.set_major_formatter(lambda v, _, text=text: text(v))
+        axis.yaxis.set_minor_formatter(lambda *_: "")
+        axis.grid(color=FLOOR, linewidth=0.5)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
+    return figure
