@@ -40,7 +40,8 @@ def runnable() -> list[object]:
     ]
 
 
-# what importing torch's compiler says of torch's own code
+# torch's compiler of its own code, and of what Liger hands it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("case, name", runnable())
 def test_provider_agrees_with_float64(case: Case, name: str) -> None:
