@@ -112,7 +112,7 @@ def _providers(rows: Sequence[Row], result: Result) -> str:
     lines = []
     for row in rows:
         if row.status != "ok":
-            lines.append([row.provider, row.status, *[""] * 6, row.note])
+            lines.append([row.provider, row.status, *[""] * 7])
             continue
         lines.append(
             [
@@ -127,7 +127,7 @@ def _providers(rows: Sequence[Row], result: Result) -> str:
                 "" if row.error is None else f"{row.error:.1e}",
             ]
         )
-    notes = [f"- {row.provider}: {row.note}" for row in rows if row.note and row.status == "ok"]
+    notes = [f"- {row.provider}: {row.note}" for row in rows if row.note]
     return "\n\n".join(filter(None, (table(header, lines), "\n".join(notes))))
 
 
