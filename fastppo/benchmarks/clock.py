@@ -133,7 +133,7 @@ def peak_memory(call: Work, device: torch.device) -> int:
         call()
     recorded = profiler.profiler.kineto_results.events() if profiler.profiler else []
     changes = [(e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]"]
-    return max(accumulate((n for _, n in sorted(changes)), initial=0))
+    return int(max(accumulate((n for _, n in sorted(changes)), initial=0)))
 
 
 def rotated_sets(nbytes: int, device: torch.device) -> int:

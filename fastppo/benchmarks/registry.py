@@ -83,7 +83,7 @@ class Provider:
         return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
     """Something worth timing.
 

@@ -93,7 +93,7 @@ def run_case(
             rows[name] = made
         else:
             candidates[name] = made
-    copies = [_copy(int(blank.bytes), device) for _ in range(sets)]
+    copies = [copy_of_as_many_bytes(int(blank.bytes), device) for _ in range(sets)]
     timers = {name: candidate.timer for name, candidate in candidates.items()}
     timers[COPY] = Timer(copies, device, case.launch_bound)
     timers[CALIBRATION] = Timer([_calibration(device)], device)
@@ -173,7 +173,7 @@ def _refuse_impossible(row: Row) -> Row:
     return replace(row, status="impossible", note=note)
 
 
-def _copy(nbytes: int, device: torch.device) -> Callable[[], object]:
+def copy_of_as_many_bytes(nbytes: int, device: torch.device) -> Callable[[], object]:
     """Reads and writes `nbytes` in all."""
     source = torch.randn(max(1, nbytes // 8), device=device)
     return partial(torch.empty_like(source).copy_, source)
