@@ -149,7 +149,7 @@ CASES = (
             "N·V·itemsize + 16·N: the logits read once",
             lambda size: size["N"] * (size["V"] * itemsize(size) + 16),
         ),
-        flops=Count("0: no matrix products", lambda size: 0.0),
+        flops=Count("none", lambda size: 0.0),
     ),
     Case(
         name="token_logprobs",
@@ -163,6 +163,6 @@ CASES = (
             "3·N·V·itemsize + 32·N: the logits read twice, their gradient written",
             lambda size: size["N"] * (3 * size["V"] * itemsize(size) + 32),
         ),
-        flops=Count("0: no matrix products", lambda size: 0.0),
+        flops=Count("none", lambda size: 0.0),
     ),
 )
