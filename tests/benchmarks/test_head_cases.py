@@ -58,6 +58,27 @@ def test_provider_agrees_with_float64(case: Case, name: str) -> None:
         assert all(torch.equal(x[key], t) for key, t in before.items())
 
 
+GRADIENTS = {
+    "token_logprobs_forward": set(),
+    "token_logprobs": {"logits"},
+    "linear_logprobs_forward": set(),
+    "linear_logprobs": {"hidden", "weight"},
+    "linear_ppo_loss": {"hidden", "weight"},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_gradient_is_compared(name: str) -> None:
+    case = CASES[name]
+    size = case.sizes["smoke"][0]
+    x = case.inputs(size, CPU, 0)
+    answer = case.reference(in_float64(x), size)
+    compared = {key.removeprefix("grad ") for key in answer if key.startswith("grad ")}
+    assert compared == GRADIENTS[name]
+    assert all(answer[f"grad {leaf}"].shape == x[leaf].shape for leaf in compared)
+    assert all(answer[f"grad {leaf}"].abs().max() > 0 for leaf in compared)
+
+
 def spoil(result: str, factor: float) -> Provider:
     """fastppo's answer to linear_ppo_loss with one result off."""
     right = CASES["linear_ppo_loss"].providers["fastppo"]
