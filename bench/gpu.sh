@@ -67,11 +67,10 @@ pip=("$python" -m pip --disable-pip-version-check install -q --no-index --no-dep
 
 [ "$device" = cpu ] || nvidia-smi >"$out/nvidia-smi.txt" 2>&1
 if [ -n "$wheels" ]; then
-  stage wheels 20 "${pip[@]}" "$wheels"/*.whl
+  stage wheels 10 "${pip[@]}" "$wheels"/*.whl
 fi
-stage build 60 "${pip[@]}" --no-build-isolation "$root"
-# pytest says 5 where nothing was collected; skipped tests are a success, so count them in the log.
-stage tests 110 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+stage build 80 "${pip[@]}" --no-build-isolation "$root"
+stage tests 95 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
 stage ceilings 20 "$python" -c "
 import dataclasses, json, sys, torch
 from fastppo.profiling.ceilings import measure_ceilings

@@ -1,6 +1,6 @@
 """Every op of fastppo once, at the smallest size, with its answer checked: for compute-sanitizer.
 
-    compute-sanitizer --error-exitcode 9 python bench/kernel_smoke.py cuda
+compute-sanitizer --error-exitcode 9 python bench/kernel_smoke.py cuda
 """
 
 from __future__ import annotations
