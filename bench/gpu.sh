@@ -70,7 +70,9 @@ if [ -n "$wheels" ]; then
   stage wheels 10 "${pip[@]}" "$wheels"/*.whl
 fi
 stage build 80 "${pip[@]}" --no-build-isolation "$root"
-stage tests 95 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+tests=(-m gpu tests)
+[ "$device" = cpu ] && tests=(tests/ops/test_gae.py tests/benchmarks)
+stage tests 95 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
 stage ceilings 20 "$python" -c "
 import dataclasses, json, sys, torch
 from fastppo.profiling.ceilings import measure_ceilings
