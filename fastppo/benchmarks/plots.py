@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from fastppo.benchmarks.results import Result, Row
 from fastppo.benchmarks.run import COPY
@@ -125,23 +125,44 @@ def _growth(plt: Any, case: str, rows: Sequence[Row]) -> Any:
     figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
     figure.suptitle(case, x=0.01, ha="left", fontweight="bold")
     names = [name for name in dict.fromkeys(row.provider for row in rows) if name != COPY]
+    numbers = sorted({row.axis for row in rows if row.axis is not None})
     for axis, what, text in zip(
         axes, ("seconds", "bytes"), (seconds_text, bytes_text), strict=True
     ):
-        for name, points in series(rows, what).items():
-            if name == COPY:
-                continue
+        axis.set(xscale="log", yscale="log", title="time" if what == "seconds" else "peak memory")
+        drawn = {name: p for name, p in series(rows, what).items() if name != COPY}
+        highest = {x: max(dict(p).get(x, 0.0) for p in drawn.values()) for x in numbers}
+        for name, points in drawn.items():
             exponent = slope(points)
             label = name if exponent is None else f"{name}: slope {exponent:.2f}"
             colour = LINES[names.index(name) % len(LINES)]
             axis.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
-        axis.set(xscale="log", yscale="log", title="time" if what == "seconds" else "peak memory")
-        numbers = sorted({row.axis for row in rows if row.axis is not None})
+            for x, y in points:
+                axis.annotate(
+                    *(text(y), (x, y), (0, 6 if y == highest[x] else -13)),
+                    textcoords="offset points",
+                    ha="center",
+                    color=colour,
+                    fontsize=8,
+                )
+        axis.margins(0.12, 0.2)
+        axis.set_xlabel(_axis_letter(rows))
         axis.set_xticks(numbers, [f"{number:g}" for number in numbers])
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter(lambda v, _, text=text: text(v))
-        axis.yaxis.set_minor_formatter(lambda *_: "")
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.grid(color=FLOOR, linewidth=0.5)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)
     return figure
+
+
+def _axis_letter(rows: Sequence[Row]) -> str:
+    """The letter of the size that grows."""
+    varying = [
+        {p.partition("=")[0] for p in row.size.split() if p.endswith(f"={row.axis:.0f}")}
+        for row in rows
+        if row.axis is not None
+    ]
+    return ", ".join(sorted(set.intersection(*varying))) if varying else ""
