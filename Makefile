@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install -c constraints.txt
 STAMP := $(VENV)/.fastppo-installed
+PEERS := $(VENV)/.peers-installed
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10 python3.14 python
 RECENT := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
@@ -63,8 +64,13 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: setup
-	$(BIN)/python bench/bench_step.py $(ARGS)
+bench: $(PEERS)
+	$(BIN)/fastppo bench $(ARGS)
+
+$(PEERS): $(STAMP)
+	$(PIP_INSTALL) scipy
+	$(PIP_INSTALL) --no-deps trl liger-kernel
+	@touch $@
 
 wheel: setup
 	rm -rf dist

@@ -1,4 +1,4 @@
-"""The command line: `fastppo train | replay | export | demo | doctor | profile`."""
+"""The command line: `fastppo train | replay | export | demo | doctor | profile | bench`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _USAGE = """usage: fastppo COMMAND [options]
   demo     watch a tiny model learn, in 15 s  fastppo demo
   doctor   check this machine and a model     fastppo doctor --model MODEL
   profile  where the time of a step goes      fastppo profile --config examples/arithmetic.toml
+  bench    time every op beside its peers     fastppo bench --sizes smoke
 
 fastppo COMMAND --help lists the options of a command."""
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": _demo,
         "doctor": _doctor,
         "profile": _profile,
+        "bench": _bench,
     }
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE)
@@ -235,6 +237,15 @@ def _profile(argv: Sequence[str]) -> int:
         print("fastppo profile: interrupted", file=sys.stderr)
         return 128 + interrupted.signum
     return 0
+
+
+def _bench(argv: Sequence[str]) -> int:
+    from fastppo.benchmarks.command import main as bench
+
+    try:
+        return bench(argv)
+    except (ValueError, ImportError, OSError) as error:
+        return _refused("bench", error)
 
 
 if __name__ == "__main__":

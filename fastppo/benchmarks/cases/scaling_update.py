@@ -1,0 +1,210 @@
+"""How the gradient of a PPO minibatch grows: with tokens, sequence length, share of responses.
+
+A Llama with SmolLM2's proportions and random weights, with a value head on its trunk. B sequences
+of S tokens, the last R % of each are the response: T = B·S tokens in all. Equal lengths, so that
+transformers on a plain rectangle does no work for padding: what is compared is the head, the loss
+and what is kept for the backward pass. fastppo runs with its default token budget (8192 tokens in
+one pass), transformers in one pass.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo import ops
+from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Outputs, Provider, Size
+from fastppo.config import PPOConfig
+from fastppo.packing import PackedBatch
+from fastppo.step import PPOStep
+
+CLIP, VF_COEF = 0.2, 0.5
+WATCHED = ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
+"""Parameters whose gradients are compared: the last, the first and one in between."""
+
+
+def make_model(size: Size) -> Any:
+    """H hidden units in H / 64 heads, a third of them for keys and values; L layers; V tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden = size["H"]
+    config = LlamaConfig(
+        vocab_size=size["V"],
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=size["L"],
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 192,
+        max_position_embeddings=65_536,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+
+def inputs(size: Size, device: torch.device, seed: int) -> Inputs:
+    rng = torch.Generator(device).manual_seed(seed)
+    b, s, n = size["T"] // size["S"], size["S"], response_length(size)
+    per_token = torch.randn(4, b, n, generator=rng, device=device)
+    names = ("noise", "advantages", "returns", "values")
+    return dict(zip(names, per_token, strict=True)) | {
+        "ids": torch.randint(size["V"], (b, s), generator=rng, device=device),
+        "value_weight": torch.randn(1, size["H"], generator=rng, device=device) / size["H"],
+    }
+
+
+def response_length(size: Size) -> int:
+    """Response tokens of each sequence; at least one token is prompt."""
+    return min(size["S"] - 1, max(1, size["S"] * size["R"] // 100))
+
+
+def old_logprobs(x: Inputs, size: Size) -> Tensor:
+    """Near those of a random model, ln(1/V), so that some ratios are clipped and some are not."""
+    return 0.1 * x["noise"] - torch.log(torch.tensor(float(size["V"]))).item()
+
+
+def fastppo(x: Inputs, size: Size) -> Call:
+    device, n = x["ids"].device, response_length(size)
+    config = PPOConfig(
+        device=str(device),
+        precision="bf16" if size.dtype == torch.bfloat16 else "fp32",
+        reference="none",
+        kl_coef=0.0,
+        clip_coef=CLIP,
+        clip_vloss=CLIP,
+        vf_coef=VF_COEF,
+    )
+    step = PPOStep(make_model(size), config)
+    step.policy.value_head.weight.data.copy_(x["value_weight"])
+    ids = x["ids"].cpu().to(torch.int32)
+    batch = PackedBatch.pack(list(ids[:, :-n]), list(ids[:, -n:]), device=device)
+    fields = {name: x[name].reshape(-1) for name in ("advantages", "returns", "values")}
+    batch = batch.replace(
+        **fields,
+        old_logprobs=old_logprobs(x, size).reshape(-1),
+        loss_mask=torch.ones(batch.num_responses, dtype=torch.bool, device=device),
+    )
+    _ = batch.valid_lengths
+    parameters = dict(step.policy.model.named_parameters())
+
+    def call() -> Outputs:
+        step.drop_gradients()
+        metrics, value_loss = step.accumulate_gradients(batch)
+        found = {name: parameters[name].grad for name in WATCHED}
+        return {
+            "policy loss": metrics[ops.PPO_METRIC_NAMES.index("policy_loss")],
+            "value loss": value_loss,
+            "value_head.weight": step.policy.value_head.weight.grad,
+            **{name: grad for name, grad in found.items() if grad is not None},
+        }
+
+    return call
+
+
+def transformers_step(x: Inputs, size: Size) -> Call:
+    """The same in one pass of transformers, with the head on the response's columns."""
+    ids, n = x["ids"], response_length(size)
+    device, dtype = ids.device, x["advantages"].dtype
+    model = make_model(size).to(device, dtype)
+    head = x["value_weight"].to(dtype).clone().requires_grad_()
+    old = old_logprobs(x, size)
+    half = size.dtype == torch.bfloat16 and dtype == torch.float32
+    parameters = dict(model.named_parameters())
+
+    def call() -> Outputs:
+        model.zero_grad(set_to_none=True)
+        head.grad = None
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = hidden[:, -n - 1 : -1]
+            logits = model.lm_head(hidden)
+        logprobs = torch.log_softmax(logits.to(dtype), dim=-1)
+        lp = logprobs.gather(2, ids[:, -n:, None])[..., 0]
+        ratio, a = (lp - old).exp(), x["advantages"]
+        policy = torch.maximum(-a * ratio, -a * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
+        values = (hidden.to(dtype) @ head.T)[..., 0]
+        clipped = x["values"] + (values - x["values"]).clamp(-CLIP, CLIP)
+        target = x["returns"]
+        value = 0.5 * torch.maximum((values - target) ** 2, (clipped - target) ** 2).mean()
+        (policy + VF_COEF * value).backward()
+        return {
+            "policy loss": policy.detach(),
+            "value loss": value.detach(),
+            "value_head.weight": head.grad,
+            **{name: parameters[name].grad for name in WATCHED},
+        }
+
+    return call
+
+
+def flops(size: Size) -> float:
+    """Forward and twice that backward, 2 per multiply-add; causal attention is half a square."""
+    h, layers = size["H"], size["L"]
+    attention = h * h * 2 + h * (h // 192) * 64 * 2
+    trunk = layers * (attention + 3 * h * (h * 8 // 3))
+    n = size["T"] // size["S"] * response_length(size)
+    return 6.0 * (size["T"] * (trunk + layers * size["S"] * h) + n * h * size["V"])
+
+
+def weights(size: Size) -> float:
+    """Parameters of trunk and head."""
+    h = size["H"]
+    per_layer = h * h * 2 + h * (h // 192) * 64 * 2 + 3 * h * (h * 8 // 3)
+    return size["L"] * per_layer + 2.0 * size["V"] * h
+
+
+SMALL = {"H": 192, "L": 4, "V": 8192}
+SMOLLM2 = {"H": 576, "L": 30, "V": 49_152}
+TINY = {"H": 192, "L": 1, "V": 256}
+
+
+def scaling_case(
+    name: str, axis: str, cpu: list[dict[str, int]], gpu: list[dict[str, int]]
+) -> Case:
+    make = partial(Size, torch.float32)
+    return Case(
+        name=name,
+        axis=axis,
+        sizes={
+            "smoke": [make(**{"T": 128, "S": 32, "R": 50} | TINY | {axis: v}) for v in SMOKE[axis]],
+            "cpu": [make(**point, **SMALL) for point in cpu],
+            "gpu": [Size(torch.bfloat16, **point, **SMOLLM2) for point in gpu],
+        },
+        inputs=inputs,
+        reference=lambda x, size: transformers_step(x, size)(),
+        providers={
+            "fastppo": Provider(prepare=fastppo),
+            "transformers": Provider(prepare=transformers_step, note="in one pass"),
+        },
+        baseline="transformers",
+        # weights read forward and backward, gradients written, fp32
+        bytes=Count("12·parameters: read twice, gradients written", lambda s: 12 * weights(s)),
+        flops=Count("6·(T·(trunk + L·S·H) + N·H·V)", flops),
+    )
+
+
+SMOKE = {"T": (64, 128), "S": (16, 32), "R": (25, 75)}
+CASES = (
+    scaling_case(
+        "update_by_tokens",
+        "T",
+        [{"T": t, "S": 128, "R": 50} for t in (1024, 4096, 16_384)],
+        [{"T": t, "S": 512, "R": 50} for t in (1024, 4096, 16_384, 65_536)],
+    ),
+    scaling_case(
+        "update_by_length",
+        "S",
+        [{"T": 4096, "S": s, "R": 50} for s in (64, 256, 1024)],
+        [{"T": 16_384, "S": s, "R": 50} for s in (256, 1024, 4096)],
+    ),
+    scaling_case(
+        "update_by_response_share",
+        "R",
+        [{"T": 4096, "S": 128, "R": r} for r in (12, 25, 50, 100)],
+        [{"T": 16_384, "S": 512, "R": r} for r in (12, 25, 50, 100)],
+    ),
+)

@@ -1,0 +1,144 @@
+"""Time and memory of calls: fairly, repeatedly, and with every sample kept.
+
+CUDA: events around one call on each of several input sets which together are larger than twice the
+L2 cache, so a call finds nothing of its inputs there; where a call is shorter than its launch, the
+calls are captured into a CUDA graph and its replay is timed. CPU: perf_counter around as many calls
+as fill `MIN_SAMPLE`, on one input set: caches are warm, and so are those of the copy that bounds
+what a call can reach. What is compared takes turns: A B C A B C …
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+
+import torch
+
+Work = Callable[[], object]
+
+MIN_SAMPLE = 0.001  # seconds; short, so that on a busy machine some samples are undisturbed
+MIN_ROUNDS, MAX_ROUNDS = 3, 100
+
+
+class Timer:
+    """Takes samples of one kind of call.
+
+    Args:
+        calls: one per input set; a sample runs each of them equally often.
+        device: where they run.
+        graph: time a CUDA graph of them, where that can be captured.
+
+    Attributes:
+        mode: "perf_counter", "events" or "graph".
+        note: why it is not the mode that was asked for; else empty.
+    """
+
+    def __init__(self, calls: Sequence[Work], device: torch.device, graph: bool = False) -> None:
+        self._calls, self._device, self.note = calls, device, ""
+        for call in (calls[0], *calls):  # compiles, grows pools, fills caches
+            call()
+        self._replay: Work | None = None
+        self.mode = "perf_counter"
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self.mode = "events"
+            if graph:
+                self._replay = self._capture()
+        self._repeats = 1
+        once = self.sample() * len(calls)
+        self._repeats = max(1, math.ceil(MIN_SAMPLE / once))
+
+    def _capture(self) -> Work | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._outputs = [call() for call in self._calls]  # the graph writes to them
+        except RuntimeError as error:
+            torch.cuda.synchronize(self._device)
+            self.note = f"no CUDA graph ({str(error).splitlines()[0]}): timed with launches"
+            return None
+        self.mode = "graph"
+        return graph.replay
+
+    def _all(self) -> None:
+        if self._replay is not None:
+            self._replay()
+            return
+        for call in self._calls:
+            call()
+
+    def sample(self) -> float:
+        """Seconds of one call, a mean over those of one sample."""
+        count = self._repeats * len(self._calls)
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(self._repeats):
+                self._all()
+            return (time.perf_counter() - start) / count
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        for _ in range(self._repeats):
+            self._all()
+        after.record()
+        after.synchronize()
+        return float(before.elapsed_time(after)) / 1e3 / count
+
+
+def take_turns(timers: Mapping[str, Timer], budget: float) -> dict[str, list[float]]:
+    """Samples of every timer, one of each per round.
+
+    Args:
+        timers: by name.
+        budget: seconds for all rounds; there are at least MIN_ROUNDS, at most MAX_ROUNDS.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for round_ in range(MAX_ROUNDS):
+            spent = time.perf_counter() - start
+            if round_ >= MIN_ROUNDS and spent * (round_ + 1) / round_ > budget:
+                break
+            for name, timer in timers.items():
+                samples[name].append(timer.sample())
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def peak_memory(call: Work, device: torch.device) -> int:
+    """Bytes of tensors that a call holds at most, beyond what was there before; results included.
+
+    By torch's allocator: on CUDA by its high-water mark, on a CPU by adding up the allocations that
+    torch's profiler records. What a library allocates by other means is not seen.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell stderr of each start and stop
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        call()
+    recorded = profiler.profiler.kineto_results.events() if profiler.profiler else []
+    changes = [(e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]"]
+    return int(max(accumulate((n for _, n in sorted(changes)), initial=0)))
+
+
+def rotated_sets(nbytes: int, device: torch.device) -> int:
+    """How many input sets of `nbytes` are larger than twice the L2 cache; 1 on a CPU."""
+    if device.type != "cuda":
+        return 1
+    l2 = int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return 1 + 2 * l2 // max(nbytes, 1)

@@ -1,0 +1,170 @@
+"""Is one result slower than another, beyond noise?
+
+A provider got slower only if four things agree: the ratio of the medians is above 1 + `MIN_EFFECT`;
+so is the lower end of its 99 % bootstrap interval; so is that of the times divided by the
+calibration's, a fixed piece of work sampled in the same rounds, so that a slower machine is not
+taken for slower code; and so is the ratio of the fastest samples, because what other processes take
+away only ever adds time. A real slowdown shows in all of them.
+
+Memory is compared too: more than a quarter, and more than `MIN_BYTES`, is a change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastppo.benchmarks.results import BAD, Result, Row
+from fastppo.benchmarks.run import CALIBRATION, COPY
+from fastppo.benchmarks.tables import bytes_text, seconds_text, table
+
+MIN_EFFECT = 0.10
+MIN_BYTES = 32 << 20
+RESAMPLES, CONFIDENCE = 2000, 0.99
+NOT_HARDWARE = ("driver", "cuda")  # software, named with the versions
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One provider of one case and size in two results.
+
+    Args:
+        before, after: median seconds.
+        ratio: after over before; low, high: its bootstrap interval.
+        verdict: "slower", "faster", "more memory", "no longer ok", or "" for no change.
+        note: what changed, where it is not time.
+    """
+
+    key: tuple[str, str, str]
+    before: float
+    after: float
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+    note: str = ""
+
+    @property
+    def worse(self) -> bool:
+        """Whether it fails the comparison."""
+        return self.verdict in ("slower", "more memory", "no longer ok")
+
+
+def compare(before: Result, after: Result) -> list[Change]:
+    """What changed for every provider that is timed in both results.
+
+    Raises:
+        ValueError: other hardware, other threads, or other cases and sizes: named.
+    """
+    _check_comparable(before, after)
+    old = {row.key: row for row in before.rows}
+    changes = []
+    for row in after.rows:
+        earlier = old.get(row.key)
+        if row.provider == COPY or earlier is None or earlier.status != "ok":
+            continue
+        if row.status == "ok":
+            cell = f"{row.case} {row.size}"
+            scale = before.calibration.get(cell, ()), after.calibration.get(cell, ())
+            changes.append(_change(earlier, row, *scale))
+        elif row.status in BAD or row.status == "out of memory":
+            blank = (earlier.median, math.nan, math.nan, math.nan, math.nan)
+            note = f"{row.status}: {row.note}"
+            changes.append(Change(row.key, *blank, "no longer ok", note))
+    return changes
+
+
+def drift(before: Result, after: Result) -> float:
+    """How much longer the calibration took: the median over cases of the ratio of medians."""
+    shared = [cell for cell in before.calibration if cell in after.calibration]
+    ratios = [
+        float(np.median(after.calibration[cell]) / np.median(before.calibration[cell]))
+        for cell in shared
+    ]
+    return float(np.median(ratios)) if ratios else math.nan
+
+
+def report(before: Result, after: Result, changes: Sequence[Change]) -> str:
+    """The comparison as text: what got worse first."""
+    order = sorted(changes, key=lambda c: (not c.worse, c.verdict == "", -c.ratio))
+    lines = [
+        [
+            " / ".join(c.key),
+            seconds_text(c.before),
+            "" if math.isnan(c.after) else seconds_text(c.after),
+            "" if math.isnan(c.ratio) else f"{c.ratio:.2f}",
+            "" if math.isnan(c.low) else f"{c.low:.2f}–{c.high:.2f}",
+            c.verdict or "same",
+        ]
+        for c in order
+    ]
+    header = ("case / size / provider", "before", "after", "ratio", "99 % interval", "verdict")
+    parts = [table(header, lines), f"{CALIBRATION}: {drift(before, after):.2f} times as long"]
+    changed = [
+        f"{name} {before.versions.get(name, 'absent')} → {after.versions.get(name, 'absent')}"
+        for name in sorted({*before.versions, *after.versions})
+        if before.versions.get(name) != after.versions.get(name)
+    ]
+    if changed:
+        parts.append("versions differ: " + ", ".join(changed))
+    worse = [f"{' / '.join(c.key)}: {c.verdict}{_why(c)}" for c in order if c.worse]
+    parts.append("\n".join(["worse:", *worse]) if worse else "nothing got worse beyond noise")
+    return "\n\n".join(parts) + "\n"
+
+
+def _why(change: Change) -> str:
+    return f" ({change.note})" if change.note else f", {change.ratio:.2f} times as long"
+
+
+def _check_comparable(before: Result, after: Result) -> None:
+    for key in sorted({*before.machine, *after.machine} - set(NOT_HARDWARE)):
+        a, b = before.machine.get(key), after.machine.get(key)
+        if a != b:
+            raise ValueError(
+                f"{key}: the results are of different machines, {a!r} and {b!r}; run both on one"
+            )
+    cells = [{(row.case, row.size) for row in result.rows} for result in (before, after)]
+    if cells[0] != cells[1]:
+        other = sorted(" ".join(cell) for cell in cells[0] ^ cells[1])
+        raise ValueError(
+            f"sizes: only one of the results has {'; '.join(other)}; run the same cases and sizes"
+        )
+
+
+def _change(a: Row, b: Row, a_scale: Sequence[float], b_scale: Sequence[float]) -> Change:
+    before, after = np.asarray(a.seconds), np.asarray(b.seconds)
+    low, high = _interval(before, after)
+    ratio, fastest = b.median / a.median, float(after.min() / before.min())
+    lows, highs = [ratio, low, fastest], [ratio, high, fastest]
+    if len(a_scale) == len(before) and len(b_scale) == len(after):
+        scaled = _interval(before / np.asarray(a_scale), after / np.asarray(b_scale))
+        lows.append(scaled[0])
+        highs.append(scaled[1])
+    verdict = note = ""
+    if min(lows) > 1 + MIN_EFFECT:
+        verdict = "slower"
+    elif max(highs) < 1 / (1 + MIN_EFFECT):
+        verdict = "faster"
+    old, new = a.peak_bytes or 0, b.peak_bytes or 0
+    if verdict != "slower" and old and new > 1.25 * old and new > old + MIN_BYTES:
+        verdict, note = "more memory", f"{bytes_text(old)} before, {bytes_text(new)} now"
+    return Change(a.key, a.median, b.median, ratio, low, high, verdict, note)
+
+
+def _interval(before: Floats, after: Floats) -> tuple[float, float]:
+    """Bootstrap interval of the ratio of medians."""
+    rng = np.random.default_rng(0)
+
+    def medians(x: Floats) -> Floats:
+        drawn = rng.choice(x, (RESAMPLES, len(x)))
+        return np.asarray(np.median(drawn, axis=1), np.float64)
+
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(medians(after) / medians(before), (tail, 1 - tail))
+    return float(low), float(high)

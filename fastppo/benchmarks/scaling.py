@@ -1,0 +1,36 @@
+"""Scaling cases: how time and memory grow with one number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from fastppo.benchmarks.results import Row
+
+Points = list[tuple[float, float]]
+
+
+def series(rows: Iterable[Row], what: str) -> dict[str, Points]:
+    """Per provider, (number that grows, value) in ascending order.
+
+    Args:
+        rows: of one scaling case.
+        what: "seconds" (the median) or "bytes" (of memory, where it was measured).
+    """
+    found: dict[str, Points] = {}
+    for row in rows:
+        value = row.median if what == "seconds" else row.peak_bytes
+        if row.status == "ok" and row.axis is not None and value:
+            found.setdefault(row.provider, []).append((row.axis, float(value)))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """Exponent p of the least-squares fit value = c·number^p; None for fewer than two points."""
+    x = [math.log(number) for number, _ in points]
+    y = [math.log(value) for _, value in points]
+    if len(set(x)) < 2:
+        return None
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return above / sum((a - mean_x) ** 2 for a in x)
