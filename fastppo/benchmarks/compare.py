@@ -1,10 +1,11 @@
 """Is one result slower than another, beyond noise?
 
-A provider got slower only if four things agree: the ratio of the medians is above 1 + `MIN_EFFECT`;
-so is the lower end of its 99 % bootstrap interval; so is that of the times divided by the
-calibration's, a fixed piece of work sampled in the same rounds, so that a slower machine is not
-taken for slower code; and so is the ratio of the fastest samples, because what other processes take
-away only ever adds time. A real slowdown shows in all of them.
+What other processes take away only ever adds time, so the quick quarter of the samples is steadier
+than their middle: times are compared by their first quartiles. A provider got slower only if three
+things agree: the lower end of the ratio's 99 % bootstrap interval is above 1 + `MIN_EFFECT`; it
+still is after division by how much longer the calibration took, a fixed piece of work sampled in
+the same rounds, so that a slower machine is not taken for slower code; and so is the ratio of the
+fastest samples. A real slowdown shows in all of them.
 
 Memory is compared too: more than a quarter, and more than `MIN_BYTES`, is a change.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,7 @@ from fastppo.benchmarks.tables import bytes_text, seconds_text, table
 MIN_EFFECT = 0.10
 MIN_BYTES = 32 << 20
 RESAMPLES, CONFIDENCE = 2000, 0.99
+QUARTER = 0.25
 NOT_HARDWARE = ("driver", "cuda")  # software, named with the versions
 
 Floats = NDArray[np.float64]
@@ -35,7 +38,7 @@ class Change:
     """One provider of one case and size in two results.
 
     Args:
-        before, after: median seconds.
+        before, after: seconds, the first quartiles of the samples.
         ratio: after over before; low, high: its bootstrap interval.
         verdict: "slower", "faster", "more memory", "no longer ok", or "" for no change.
         note: what changed, where it is not time.
@@ -81,13 +84,17 @@ def compare(before: Result, after: Result) -> list[Change]:
 
 
 def drift(before: Result, after: Result) -> float:
-    """How much longer the calibration took: the median over cases of the ratio of medians."""
-    shared = [cell for cell in before.calibration if cell in after.calibration]
-    ratios = [
-        float(np.median(after.calibration[cell]) / np.median(before.calibration[cell]))
-        for cell in shared
-    ]
-    return float(np.median(ratios)) if ratios else math.nan
+    """How much longer the calibration took: the median over cases."""
+    shared = [cell for cell in before.calibration if after.calibration.get(cell)]
+    ratios = [_drift(before.calibration[cell], after.calibration[cell]) for cell in shared]
+    return median(ratios) if ratios else math.nan
+
+
+def _drift(before: Sequence[float], after: Sequence[float]) -> float:
+    """Of one case and size; 1 where it was not sampled."""
+    if not before or not after:
+        return 1.0
+    return float(np.quantile(after, QUARTER) / np.quantile(before, QUARTER))
 
 
 def report(before: Result, after: Result, changes: Sequence[Change]) -> str:
@@ -139,32 +146,29 @@ def _check_comparable(before: Result, after: Result) -> None:
 
 def _change(a: Row, b: Row, a_scale: Sequence[float], b_scale: Sequence[float]) -> Change:
     before, after = np.asarray(a.seconds), np.asarray(b.seconds)
+    quick = float(np.quantile(before, QUARTER)), float(np.quantile(after, QUARTER))
+    ratio, fastest = quick[1] / quick[0], float(after.min() / before.min())
     low, high = _interval(before, after)
-    ratio, fastest = b.median / a.median, float(after.min() / before.min())
-    lows, highs = [ratio, low, fastest], [ratio, high, fastest]
-    if len(a_scale) == len(before) and len(b_scale) == len(after):
-        scaled = _interval(before / np.asarray(a_scale), after / np.asarray(b_scale))
-        lows.append(scaled[0])
-        highs.append(scaled[1])
+    slower_machine = _drift(a_scale, b_scale)
     verdict = note = ""
-    if min(lows) > 1 + MIN_EFFECT:
+    if min(low, low / slower_machine, fastest) > 1 + MIN_EFFECT:
         verdict = "slower"
-    elif max(highs) < 1 / (1 + MIN_EFFECT):
+    elif max(high, high / slower_machine, fastest) < 1 / (1 + MIN_EFFECT):
         verdict = "faster"
     old, new = a.peak_bytes or 0, b.peak_bytes or 0
     if verdict != "slower" and old and new > 1.25 * old and new > old + MIN_BYTES:
         verdict, note = "more memory", f"{bytes_text(old)} before, {bytes_text(new)} now"
-    return Change(a.key, a.median, b.median, ratio, low, high, verdict, note)
+    return Change(a.key, *quick, ratio, low, high, verdict, note)
 
 
 def _interval(before: Floats, after: Floats) -> tuple[float, float]:
-    """Bootstrap interval of the ratio of medians."""
+    """Bootstrap interval of the ratio of first quartiles."""
     rng = np.random.default_rng(0)
 
-    def medians(x: Floats) -> Floats:
+    def quartiles(x: Floats) -> Floats:
         drawn = rng.choice(x, (RESAMPLES, len(x)))
-        return np.asarray(np.median(drawn, axis=1), np.float64)
+        return np.asarray(np.quantile(drawn, QUARTER, axis=1), np.float64)
 
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(medians(after) / medians(before), (tail, 1 - tail))
+    low, high = np.quantile(quartiles(after) / quartiles(before), (tail, 1 - tail))
     return float(low), float(high)

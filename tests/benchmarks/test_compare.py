@@ -164,6 +164,14 @@ def test_what_is_not_a_result_is_refused(
         Result.load(path)
 
 
+def test_samples_are_positive_and_there(result: Result, tmp_path: Path) -> None:
+    for seconds, text in (((), "is ok without samples"), ((1.0, 0.0), "not positive")):
+        rows = tuple(replace(row, seconds=seconds) for row in result.rows)
+        replace(result, rows=rows).save(tmp_path / "result.json")
+        with pytest.raises(ValueError, match=text):
+            Result.load(tmp_path / "result.json")
+
+
 def test_the_command_line_refuses_in_one_line(
     result: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
