@@ -7,6 +7,9 @@ still is after division by how much longer the calibration took, a fixed piece o
 the same rounds, so that a slower machine is not taken for slower code; and so is the ratio of the
 fastest samples. A real slowdown shows in all of them.
 
+The smallest of the three is what a row claims. Rows that are not fastppo's run code that did not
+change, so what they claim is noise: fastppo's claims must be larger than the largest of theirs.
+
 Memory is compared too: more than a quarter, and more than `MIN_BYTES`, is a change.
 """
 
@@ -22,7 +25,7 @@ from numpy.typing import NDArray
 
 from fastppo.benchmarks.results import BAD, Result, Row
 from fastppo.benchmarks.run import CALIBRATION, COPY
-from fastppo.benchmarks.tables import bytes_text, seconds_text, table
+from fastppo.benchmarks.tables import OURS, bytes_text, seconds_text, table
 
 MIN_EFFECT = 0.10
 MIN_BYTES = 32 << 20
@@ -67,20 +70,35 @@ def compare(before: Result, after: Result) -> list[Change]:
     """
     _check_comparable(before, after)
     old = {row.key: row for row in before.rows}
+    limit = max(1 + MIN_EFFECT, noise(before, after))
     changes = []
     for row in after.rows:
         earlier = old.get(row.key)
         if row.provider == COPY or earlier is None or earlier.status != "ok":
             continue
         if row.status == "ok":
-            cell = f"{row.case} {row.size}"
-            scale = before.calibration.get(cell, ()), after.calibration.get(cell, ())
-            changes.append(_change(earlier, row, *scale))
+            changes.append(_change(earlier, row, _cell_drift(before, after, row), limit))
         elif row.status in BAD or row.status == "out of memory":
             blank = (earlier.median, math.nan, math.nan, math.nan, math.nan)
             note = f"{row.status}: {row.note}"
             changes.append(Change(row.key, *blank, "no longer ok", note))
     return changes
+
+
+def noise(before: Result, after: Result) -> float:
+    """The largest slowdown that rows claim whose code did not change; 1 where there are none."""
+    old = {row.key: row for row in before.rows if row.seconds}
+    claims = [
+        _claim(old[row.key], row, _cell_drift(before, after, row))
+        for row in after.rows
+        if row.seconds and row.key in old and not row.provider.startswith(OURS)
+    ]
+    return max(claims, default=1.0)
+
+
+def _cell_drift(before: Result, after: Result, row: Row) -> float:
+    cell = f"{row.case} {row.size}"
+    return _drift(before.calibration.get(cell, ()), after.calibration.get(cell, ()))
 
 
 def drift(before: Result, after: Result) -> float:
@@ -112,7 +130,11 @@ def report(before: Result, after: Result, changes: Sequence[Change]) -> str:
         for c in order
     ]
     header = ("case / size / provider", "before", "after", "ratio", "99 % interval", "verdict")
-    parts = [table(header, lines), f"{CALIBRATION}: {drift(before, after):.2f} times as long"]
+    parts = [
+        table(header, lines),
+        f"{CALIBRATION}: {drift(before, after):.2f} times as long; noise, by the others' rows: "
+        f"{noise(before, after):.2f}",
+    ]
     changed = [
         f"{name} {before.versions.get(name, 'absent')} → {after.versions.get(name, 'absent')}"
         for name in sorted({*before.versions, *after.versions})
@@ -144,21 +166,25 @@ def _check_comparable(before: Result, after: Result) -> None:
         )
 
 
-def _change(a: Row, b: Row, a_scale: Sequence[float], b_scale: Sequence[float]) -> Change:
-    before, after = np.asarray(a.seconds), np.asarray(b.seconds)
-    quick = float(np.quantile(before, QUARTER)), float(np.quantile(after, QUARTER))
-    ratio, fastest = quick[1] / quick[0], float(after.min() / before.min())
-    low, high = _interval(before, after)
-    slower_machine = _drift(a_scale, b_scale)
+def _change(a: Row, b: Row, slower_machine: float, limit: float) -> Change:
+    quick = tuple(float(np.quantile(row.seconds, QUARTER)) for row in (a, b))
+    low, high = _interval(np.asarray(a.seconds), np.asarray(b.seconds))
     verdict = note = ""
-    if min(low, low / slower_machine, fastest) > 1 + MIN_EFFECT:
+    if _claim(a, b, slower_machine) > limit:
         verdict = "slower"
-    elif max(high, high / slower_machine, fastest) < 1 / (1 + MIN_EFFECT):
+    elif _claim(b, a, 1 / slower_machine) > limit:
         verdict = "faster"
     old, new = a.peak_bytes or 0, b.peak_bytes or 0
     if verdict != "slower" and old and new > 1.25 * old and new > old + MIN_BYTES:
         verdict, note = "more memory", f"{bytes_text(old)} before, {bytes_text(new)} now"
-    return Change(a.key, *quick, ratio, low, high, verdict, note)
+    return Change(a.key, quick[0], quick[1], quick[1] / quick[0], low, high, verdict, note)
+
+
+def _claim(a: Row, b: Row, slower_machine: float) -> float:
+    """How many times as long b surely took."""
+    before, after = np.asarray(a.seconds), np.asarray(b.seconds)
+    low, _ = _interval(before, after)
+    return min(low, low / slower_machine, float(after.min() / before.min()))
 
 
 def _interval(before: Floats, after: Floats) -> tuple[float, float]:
