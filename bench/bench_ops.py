@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastppo.benchmarks.check import Judge
-from fastppo.benchmarks.clock import Timer
+from fastppo.benchmarks.clock import Timer, steady_allocator
 from fastppo.benchmarks.machine import find_versions
 from fastppo.benchmarks.registry import Case, Inputs, Size, select_cases
 from fastppo.benchmarks.results import Row
@@ -42,6 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @functools.cache
 def device_and_roof() -> tuple[torch.device, Roof]:
+    steady_allocator()
     device = resolve_device("auto")
     return device, Roof(device)
 

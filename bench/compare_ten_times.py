@@ -71,7 +71,7 @@ def main(
         wrong += bool(worse)
         apart = max(max(c.ratio, 1 / c.ratio) for c in changes)
         print(
-            f"pair {pair + 1}: {len(changes)} rows, medians up to {apart:.2f} apart, calibration "
+            f"pair {pair + 1}: {len(changes)} rows, quartiles up to {apart:.2f} apart, calibration "
             f"{drift(before, after):.2f}, slower: {', '.join(worse) or 'none'}",
             flush=True,
         )

@@ -1,10 +1,14 @@
 """Is one result slower than another, beyond noise?
 
-A provider got slower only if four things agree: the ratio of the medians is above 1 + `MIN_EFFECT`;
-so is the lower end of its 99 % bootstrap interval; so is that of the times divided by the
-calibration's, a fixed piece of work sampled in the same rounds, so that a slower machine is not
-taken for slower code; and so is the ratio of the fastest samples, because what other processes take
-away only ever adds time. A real slowdown shows in all of them.
+What other processes take away only ever adds time, so the quick quarter of the samples is steadier
+than their middle: times are compared by their first quartiles. A provider got slower only if three
+things agree: the lower end of the ratio's 99 % bootstrap interval is above 1 + `MIN_EFFECT`; it
+still is after division by how much longer the calibration took, a fixed piece of work sampled in
+the same rounds, so that a slower machine is not taken for slower code; and so is the ratio of the
+fastest samples. A real slowdown shows in all of them.
+
+The smallest of the three is what a row claims. Rows that are not fastppo's run code that did not
+change, so what they claim is noise: fastppo's claims must be larger than the largest of theirs.
 
 Memory is compared too: more than a quarter, and more than `MIN_BYTES`, is a change.
 """
@@ -14,17 +18,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastppo.benchmarks.results import BAD, Result, Row
 from fastppo.benchmarks.run import CALIBRATION, COPY
-from fastppo.benchmarks.tables import bytes_text, seconds_text, table
+from fastppo.benchmarks.tables import OURS, bytes_text, seconds_text, table
 
 MIN_EFFECT = 0.10
 MIN_BYTES = 32 << 20
 RESAMPLES, CONFIDENCE = 2000, 0.99
+QUARTER = 0.25
 NOT_HARDWARE = ("driver", "cuda")  # software, named with the versions
 
 Floats = NDArray[np.float64]
@@ -35,7 +41,7 @@ class Change:
     """One provider of one case and size in two results.
 
     Args:
-        before, after: median seconds.
+        before, after: seconds, the first quartiles of the samples.
         ratio: after over before; low, high: its bootstrap interval.
         verdict: "slower", "faster", "more memory", "no longer ok", or "" for no change.
         note: what changed, where it is not time.
@@ -64,15 +70,14 @@ def compare(before: Result, after: Result) -> list[Change]:
     """
     _check_comparable(before, after)
     old = {row.key: row for row in before.rows}
+    limit = max(1 + MIN_EFFECT, noise(before, after))
     changes = []
     for row in after.rows:
         earlier = old.get(row.key)
         if row.provider == COPY or earlier is None or earlier.status != "ok":
             continue
         if row.status == "ok":
-            cell = f"{row.case} {row.size}"
-            scale = before.calibration.get(cell, ()), after.calibration.get(cell, ())
-            changes.append(_change(earlier, row, *scale))
+            changes.append(_change(earlier, row, _cell_drift(before, after, row), limit))
         elif row.status in BAD or row.status == "out of memory":
             blank = (earlier.median, math.nan, math.nan, math.nan, math.nan)
             note = f"{row.status}: {row.note}"
@@ -80,14 +85,34 @@ def compare(before: Result, after: Result) -> list[Change]:
     return changes
 
 
-def drift(before: Result, after: Result) -> float:
-    """How much longer the calibration took: the median over cases of the ratio of medians."""
-    shared = [cell for cell in before.calibration if cell in after.calibration]
-    ratios = [
-        float(np.median(after.calibration[cell]) / np.median(before.calibration[cell]))
-        for cell in shared
+def noise(before: Result, after: Result) -> float:
+    """The largest slowdown that rows claim whose code did not change; 1 where there are none."""
+    old = {row.key: row for row in before.rows if row.seconds}
+    claims = [
+        _claim(old[row.key], row, _cell_drift(before, after, row))
+        for row in after.rows
+        if row.seconds and row.key in old and not row.provider.startswith(OURS)
     ]
-    return float(np.median(ratios)) if ratios else math.nan
+    return max(claims, default=1.0)
+
+
+def _cell_drift(before: Result, after: Result, row: Row) -> float:
+    cell = f"{row.case} {row.size}"
+    return _drift(before.calibration.get(cell, ()), after.calibration.get(cell, ()))
+
+
+def drift(before: Result, after: Result) -> float:
+    """How much longer the calibration took: the median over cases."""
+    shared = [cell for cell in before.calibration if after.calibration.get(cell)]
+    ratios = [_drift(before.calibration[cell], after.calibration[cell]) for cell in shared]
+    return median(ratios) if ratios else math.nan
+
+
+def _drift(before: Sequence[float], after: Sequence[float]) -> float:
+    """Of one case and size; 1 where it was not sampled."""
+    if not before or not after:
+        return 1.0
+    return float(np.quantile(after, QUARTER) / np.quantile(before, QUARTER))
 
 
 def report(before: Result, after: Result, changes: Sequence[Change]) -> str:
@@ -105,7 +130,11 @@ def report(before: Result, after: Result, changes: Sequence[Change]) -> str:
         for c in order
     ]
     header = ("case / size / provider", "before", "after", "ratio", "99 % interval", "verdict")
-    parts = [table(header, lines), f"{CALIBRATION}: {drift(before, after):.2f} times as long"]
+    parts = [
+        table(header, lines),
+        f"{CALIBRATION}: {drift(before, after):.2f} times as long; noise, by the others' rows: "
+        f"{noise(before, after):.2f}",
+    ]
     changed = [
         f"{name} {before.versions.get(name, 'absent')} → {after.versions.get(name, 'absent')}"
         for name in sorted({*before.versions, *after.versions})
@@ -137,34 +166,35 @@ def _check_comparable(before: Result, after: Result) -> None:
         )
 
 
-def _change(a: Row, b: Row, a_scale: Sequence[float], b_scale: Sequence[float]) -> Change:
-    before, after = np.asarray(a.seconds), np.asarray(b.seconds)
-    low, high = _interval(before, after)
-    ratio, fastest = b.median / a.median, float(after.min() / before.min())
-    lows, highs = [ratio, low, fastest], [ratio, high, fastest]
-    if len(a_scale) == len(before) and len(b_scale) == len(after):
-        scaled = _interval(before / np.asarray(a_scale), after / np.asarray(b_scale))
-        lows.append(scaled[0])
-        highs.append(scaled[1])
+def _change(a: Row, b: Row, slower_machine: float, limit: float) -> Change:
+    quick = tuple(float(np.quantile(row.seconds, QUARTER)) for row in (a, b))
+    low, high = _interval(np.asarray(a.seconds), np.asarray(b.seconds))
     verdict = note = ""
-    if min(lows) > 1 + MIN_EFFECT:
+    if _claim(a, b, slower_machine) > limit:
         verdict = "slower"
-    elif max(highs) < 1 / (1 + MIN_EFFECT):
+    elif _claim(b, a, 1 / slower_machine) > limit:
         verdict = "faster"
     old, new = a.peak_bytes or 0, b.peak_bytes or 0
     if verdict != "slower" and old and new > 1.25 * old and new > old + MIN_BYTES:
         verdict, note = "more memory", f"{bytes_text(old)} before, {bytes_text(new)} now"
-    return Change(a.key, a.median, b.median, ratio, low, high, verdict, note)
+    return Change(a.key, quick[0], quick[1], quick[1] / quick[0], low, high, verdict, note)
+
+
+def _claim(a: Row, b: Row, slower_machine: float) -> float:
+    """How many times as long b surely took."""
+    before, after = np.asarray(a.seconds), np.asarray(b.seconds)
+    low, _ = _interval(before, after)
+    return min(low, low / slower_machine, float(after.min() / before.min()))
 
 
 def _interval(before: Floats, after: Floats) -> tuple[float, float]:
-    """Bootstrap interval of the ratio of medians."""
+    """Bootstrap interval of the ratio of first quartiles."""
     rng = np.random.default_rng(0)
 
-    def medians(x: Floats) -> Floats:
+    def quartiles(x: Floats) -> Floats:
         drawn = rng.choice(x, (RESAMPLES, len(x)))
-        return np.asarray(np.median(drawn, axis=1), np.float64)
+        return np.asarray(np.quantile(drawn, QUARTER, axis=1), np.float64)
 
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(medians(after) / medians(before), (tail, 1 - tail))
+    low, high = np.quantile(quartiles(after) / quartiles(before), (tail, 1 - tail))
     return float(low), float(high)

@@ -181,7 +181,7 @@ def copy_of_as_many_bytes(nbytes: int, device: torch.device) -> Callable[[], obj
 
 def _calibration(device: torch.device) -> Callable[[], object]:
     """A little of both, the same in every run."""
-    numel, width = (1 << 26, 4096) if device.type == "cuda" else (1 << 21, 384)
+    numel, width = (1 << 26, 4096) if device.type == "cuda" else (1 << 16, 128)
     source, matrix = torch.randn(numel, device=device), torch.randn(width, width, device=device)
     target, product = torch.empty_like(source), torch.empty_like(matrix)
 

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 
 import torch
 
+from fastppo.benchmarks.clock import steady_allocator
 from fastppo.benchmarks.machine import describe_machine, find_versions, source_state
 from fastppo.benchmarks.registry import Case
 from fastppo.benchmarks.results import Result, Row
@@ -41,6 +42,7 @@ def run_cases(
         return
     peers = [n.partition(".")[0] for c in cases for p in c.providers.values() for n in p.needs]
     commit, dirty = source_state()
+    steady_allocator()
     roof = Roof(device)
     result = Result(
         commit=commit,

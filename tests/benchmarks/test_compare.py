@@ -89,16 +89,36 @@ def test_a_slower_machine_is_not_slower_code(result: Result) -> None:
     slow = scaled(result, 1.5, calibration=1.5)
     assert drift(result, slow) == pytest.approx(1.5)
     assert not any(change.worse for change in compare(result, slow))
-    assert all(change.verdict == "slower" for change in compare(result, scaled(result, 1.5)))
+
+
+def only_ours(result: Result, factor: float) -> Result:
+    """As if fastppo alone had taken that many times as long."""
+    rows = (
+        replace(r, seconds=[factor * s for s in r.seconds]) if r.provider == "fastppo" else r
+        for r in result.rows
+    )
+    return replace(result, rows=tuple(rows))
+
+
+def test_what_others_shift_by_is_noise(result: Result) -> None:
+    slower = [change.key[2] for change in compare(result, only_ours(result, 1.5)) if change.worse]
+    assert slower == ["fastppo"]
+    busy = scaled(result, 1.5)  # everything, although the calibration says nothing
+    assert not any(change.worse for change in compare(result, busy))
+    found = [change.key[2] for change in compare(result, only_ours(busy, 1.5)) if change.worse]
+    assert found == ["fastppo"]
+    steady = replace(only_ours(result, 1.5), calibration=scaled(result, 1, 1.5).calibration)
+    assert not any(change.worse for change in compare(result, steady))
 
 
 def test_one_quiet_moment_shows_that_it_was_noise(result: Result) -> None:
-    rows = tuple(replace(row, seconds=[2e-3] * 11 + [1e-3]) for row in result.rows)
-    assert not any(change.worse for change in compare(result, replace(result, rows=rows)))
+    ours = replace(only_ours(result, 2.0).rows[0], seconds=[2e-3] * 11 + [1e-3])
+    once = replace(result, rows=(ours, *result.rows[1:]))
+    assert not any(change.worse for change in compare(result, once))
 
 
 def test_small_effects_do_not_fail(result: Result) -> None:
-    assert not any(change.worse for change in compare(result, scaled(result, 1.08)))
+    assert not any(change.worse for change in compare(result, only_ours(result, 1.08)))
 
 
 def test_more_memory_and_new_errors_fail(result: Result) -> None:
@@ -162,6 +182,14 @@ def test_what_is_not_a_result_is_refused(
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(ValueError, match=text):
         Result.load(path)
+
+
+def test_samples_are_positive_and_there(result: Result, tmp_path: Path) -> None:
+    for seconds, text in (((), "is ok without samples"), ((1.0, 0.0), "not positive")):
+        rows = tuple(replace(row, seconds=seconds) for row in result.rows)
+        replace(result, rows=rows).save(tmp_path / "result.json")
+        with pytest.raises(ValueError, match=text):
+            Result.load(tmp_path / "result.json")
 
 
 def test_the_command_line_refuses_in_one_line(
