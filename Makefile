@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install -c constraints.txt
 STAMP := $(VENV)/.fastppo-installed
+PEERS := $(VENV)/.peers-installed
 TRL_VENV ?= .venv-trl
 TRL_PIP := $(TRL_VENV)/bin/python -m pip --disable-pip-version-check
 TRL_STAMP := $(TRL_VENV)/.trl-installed
@@ -66,8 +67,13 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: setup
-	$(BIN)/python bench/bench_step.py $(ARGS)
+bench: $(PEERS)
+	$(BIN)/fastppo bench $(ARGS)
+
+$(PEERS): $(STAMP)
+	$(PIP_INSTALL) scipy
+	$(PIP_INSTALL) --no-deps trl liger-kernel
+	@touch $@
 
 # PPO iterations against TRL's PPOTrainer; and reward curves of both
 .PHONY: bench-trl bench-trl-curves
@@ -82,6 +88,7 @@ $(TRL_STAMP): bench/end_to_end/requirements-trl.txt constraints.txt
 	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
 	$(TRL_PIP) install -c constraints.txt torch
 	$(TRL_PIP) install -c constraints.txt -r bench/end_to_end/requirements-trl.txt
+	$(TRL_PIP) install --no-deps trl==1.12.0
 	@touch $@
 
 wheel: setup

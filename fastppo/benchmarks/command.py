@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -57,7 +58,9 @@ def run(
     command = shlex.join(["fastppo", *sys.argv[1:]])
     budget = BUDGET[name] if seconds is None else seconds
     result = None
-    for result in run_cases(chosen, name, where, command=command, budget=budget, seed=seed):
+    say = functools.partial(print, flush=True)
+    runs = run_cases(chosen, name, where, command=command, budget=budget, seed=seed, say=say)
+    for result in runs:
         result.save(folder / RESULT)  # as it goes: a run that is cut off leaves what it has
     if result is None:
         raise ValueError(f"sizes: {', '.join(c.name for c in chosen)} have no size {name!r}")

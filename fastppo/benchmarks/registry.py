@@ -61,6 +61,7 @@ class Provider:
         omits: results of the reference that it cannot give, each with the reason.
         tolerance: error allowed instead of what follows from the baseline's, where this provider
             rounds more; say why in the note.
+        torch_memory: its memory comes from torch's allocator; if not, it is not measured.
         note: what a reader of the table should know.
     """
 
@@ -69,6 +70,7 @@ class Provider:
     devices: tuple[str, ...] = ("cpu", "cuda")
     omits: Mapping[str, str] = field(default_factory=dict)
     tolerance: float | None = None
+    torch_memory: bool = True
     note: str = ""
 
     def missing(self, device: torch.device) -> str | None:
@@ -81,7 +83,7 @@ class Provider:
         return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
     """Something worth timing.
 

@@ -38,7 +38,7 @@ class Row:
         error, allowed: of the answer against float64; None where it was not checked.
         bytes, flops: of one call at least; the formulas are those of the case.
         floor: seconds that these take at the ceilings.
-        peak_bytes: memory held beyond what was there before; None: not measured.
+        peak_bytes: of tensors, beyond what was there before; None: not measured.
     """
 
     case: str

@@ -93,7 +93,7 @@ def run_case(
             rows[name] = made
         else:
             candidates[name] = made
-    copies = [_copy(int(blank.bytes), device) for _ in range(sets)]
+    copies = [copy_of_as_many_bytes(int(blank.bytes), device) for _ in range(sets)]
     timers = {name: candidate.timer for name, candidate in candidates.items()}
     timers[COPY] = Timer(copies, device, case.launch_bound)
     timers[CALIBRATION] = Timer([_calibration(device)], device)
@@ -111,8 +111,11 @@ def run_case(
         flops_formula="none",
     )
     half = size.dtype == torch.bfloat16
-    finished = [_under_roof(row, roof, half, copy_seconds) for row in rows.values()]
-    return finished, samples[CALIBRATION]
+    finished = [_with_floor(row, roof, half, copy_seconds) for row in rows.values()]
+    if any(map(_too_fast, finished)):
+        roof.measure_again()
+        finished = [_with_floor(row, roof, half, copy_seconds) for row in finished]
+    return [_refuse_impossible(row) for row in finished], samples[CALIBRATION]
 
 
 def _candidate(
@@ -133,7 +136,8 @@ def _candidate(
         calls = [provider.prepare(x, size) for x in inputs]
         error = judge.check(row.provider, calls[0]())
         row = replace(row, error=error, allowed=judge.limit(row.provider))
-        row = replace(row, peak_bytes=peak_memory(calls[0], device))
+        if provider.torch_memory:
+            row = replace(row, peak_bytes=peak_memory(calls[0], device))
         return _Candidate(row, calls[0], Timer(calls, device, case.launch_bound))
     except WrongAnswerError as problem:
         return replace(row, status="wrong", note=str(problem), allowed=judge.limit(row.provider))
@@ -154,23 +158,22 @@ def _measured(candidate: _Candidate, samples: Sequence[float], judge: Judge) -> 
     return row
 
 
-def _under_roof(row: Row, roof: Roof, half: bool, copy_seconds: float) -> Row:
-    """The row with its floor; where it is faster than that, "impossible"."""
-    if not row.seconds:
+def _with_floor(row: Row, roof: Roof, half: bool, copy_seconds: float) -> Row:
+    return replace(row, floor=roof.floor(row, half, copy_seconds)) if row.seconds else row
+
+
+def _too_fast(row: Row) -> bool:
+    return row.status == "ok" and (row.roofline or 0.0) > IMPOSSIBLE
+
+
+def _refuse_impossible(row: Row) -> Row:
+    if not _too_fast(row):
         return row
-    row = replace(row, floor=roof.floor(row, half, copy_seconds))
-    if row.status != "ok" or (row.roofline or 0.0) <= IMPOSSIBLE:
-        return row
-    roof.measure_again()
-    row = replace(row, floor=roof.floor(row, half, copy_seconds))
-    share = row.roofline or 0.0
-    if share <= IMPOSSIBLE:
-        return row
-    note = f"{share:.0%} of the roofline: its bytes, its operations or the clock are wrong"
+    note = f"{row.roofline:.0%} of the roofline: its bytes, its operations or the clock are wrong"
     return replace(row, status="impossible", note=note)
 
 
-def _copy(nbytes: int, device: torch.device) -> Callable[[], object]:
+def copy_of_as_many_bytes(nbytes: int, device: torch.device) -> Callable[[], object]:
     """Reads and writes `nbytes` in all."""
     source = torch.randn(max(1, nbytes // 8), device=device)
     return partial(torch.empty_like(source).copy_, source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 
@@ -24,6 +24,7 @@ def run_cases(
     command: str,
     budget: float,
     seed: int = 0,
+    say: Callable[[str], object] = print,
 ) -> Iterator[Result]:
     """Measure; after each case and size, the result so far.
 
@@ -33,6 +34,7 @@ def run_cases(
         command: that was typed, for the record.
         budget: seconds of timed rounds for one case at one size.
         seed: of the inputs.
+        say: where lines about progress go.
     """
     work = [(case, size) for case in cases for size in case.sizes.get(sizes, ())]
     if not work:
@@ -52,7 +54,7 @@ def run_cases(
         calibration={},
     )
     for case, size in work:
-        print(f"{case.name}, {size.text}", flush=True)
+        say(f"{case.name}, {size.text}")
         try:
             rows, calibration = run_case(case, size, roof, budget, seed)
         except Exception as error:  # inputs or reference: the other cases go on
@@ -64,7 +66,7 @@ def run_cases(
         finally:
             free_memory(device)
         for row in rows:
-            print(f"  {_line(row)}", flush=True)
+            say(f"  {_line(row)}")
         result = replace(
             result,
             ceilings=roof.ceilings,

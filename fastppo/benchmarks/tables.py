@@ -51,11 +51,6 @@ def bytes_text(count: float) -> str:
     return f"{_digits(count / 1e3)} kB"
 
 
-def memory_text(count: int | None) -> str:
-    """Below a megabyte the measure is coarser than the number."""
-    return "" if count is None else bytes_text(count) if count >= 1e6 else "< 1 MB"
-
-
 def speed_text(row: Row, result: Result) -> str:
     """GB/s, or TFLOP/s where operations take longer than bytes at the ceilings."""
     peak = peak_tflops(result.ceilings, row.size.endswith("bf16")) * 1e12
@@ -123,7 +118,7 @@ def _providers(rows: Sequence[Row], result: Result) -> str:
                 "" if math.isnan(ours) else f"{row.median / ours:.2f}",
                 speed_text(row, result),
                 "" if row.roofline is None else f"{row.roofline:.1%}",
-                memory_text(row.peak_bytes),
+                "" if row.peak_bytes is None else bytes_text(row.peak_bytes),
                 "" if row.error is None else f"{row.error:.1e}",
             ]
         )

@@ -172,7 +172,10 @@ CASES = (
                 prepare=padded(torchrl_convolution), note="cuts powers of γλ below 1e-7"
             ),
             "scipy lfilter": Provider(
-                prepare=padded(scipy_lfilter), needs=("scipy",), devices=("cpu",)
+                prepare=padded(scipy_lfilter),
+                needs=("scipy",),
+                devices=("cpu",),
+                torch_memory=False,
             ),
         },
         loop,

@@ -125,9 +125,11 @@ CASES = (
         inputs=inputs,
         reference=lambda x, size: numpy_code(x, size)(),
         providers={
-            "fastppo": Provider(prepare=fastppo, note="with cu_seqlens and lengths besides"),
-            "numpy": Provider(prepare=numpy_code),
-            "pad_sequence": Provider(prepare=padded, omits=NOT_MADE),
+            "fastppo": Provider(
+                prepare=fastppo, torch_memory=False, note="with cu_seqlens and lengths besides"
+            ),
+            "numpy": Provider(prepare=numpy_code, torch_memory=False),
+            "pad_sequence": Provider(prepare=padded, omits=NOT_MADE, torch_memory=False),
         },
         baseline="numpy",
         # per token: id read and written, position written; per response token: id and log-

@@ -1,8 +1,7 @@
 """How the head and its loss grow with the vocabulary V, forward and backward.
 
-`torch` keeps the (N, V) logits for the backward pass, and their softmax; fastppo never has more than
-a chunk of them. Both compute loss and gradients; metrics and entropy are left out of the comparison
-and fastppo computes them all the same.
+`torch` keeps the (N, V) logits for the backward pass, and their softmax; fastppo never has more
+than a chunk of them. Both compute loss and gradients; fastppo computes metrics and entropy besides.
 """
 
 from __future__ import annotations

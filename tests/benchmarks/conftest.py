@@ -1,0 +1,69 @@
+"""A small honest case, and ways to spoil it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Provider, Size
+from fastppo.benchmarks.results import Result
+from fastppo.benchmarks.run import Roof, run_case
+
+CPU = torch.device("cpu")
+
+
+def make_inputs(size: Size, device: torch.device, seed: int) -> Inputs:
+    rng = torch.Generator(device).manual_seed(seed)
+    return {"x": torch.randn(size["N"], generator=rng, device=device)}
+
+
+def honest(x: Inputs, size: Size) -> Call:
+    return lambda: {"y": x["x"].cumsum(0)}
+
+
+@pytest.fixture(scope="session")
+def case() -> Case:
+    """Sums up to each element; two providers that are right."""
+    return Case(
+        name="sums",
+        sizes={"smoke": [Size(N=50_000)]},
+        inputs=make_inputs,
+        reference=lambda x, size: {"y": x["x"].cumsum(0)},
+        providers={"fastppo": Provider(prepare=honest), "torch": Provider(prepare=honest)},
+        baseline="torch",
+        bytes=Count("8·N: x read, y written, fp32", lambda s: 8 * s["N"]),
+        flops=Count("N", lambda s: s["N"]),
+    )
+
+
+@pytest.fixture(scope="session")
+def roof() -> Roof:
+    """The ceilings of this machine, measured once."""
+    return Roof(CPU)
+
+
+Measure = Callable[[Case], Result]
+
+
+@pytest.fixture(scope="session")
+def measure(roof: Roof) -> Measure:
+    """Runs the first smoke size of a case."""
+
+    def run(case: Case, budget: float = 0.2) -> Result:
+        size = case.sizes["smoke"][0]
+        rows, calibration = run_case(case, size, roof, budget)
+        return Result(
+            commit="",
+            dirty=False,
+            date="2026-01-01T00:00:00Z",
+            command="",
+            machine={"device": "cpu", "threads": 1},
+            versions={"torch": torch.__version__},
+            ceilings=roof.ceilings,
+            rows=tuple(rows),
+            calibration={f"{case.name} {size.text}": calibration},
+        )
+
+    return run

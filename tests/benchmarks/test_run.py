@@ -1,0 +1,239 @@
+"""What gets timed: right answers only, at speeds that can be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastppo.benchmarks.check import largest_error
+from fastppo.benchmarks.clock import Timer, peak_memory, take_turns
+from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Provider, Size, select_cases
+from fastppo.benchmarks.results import Result, Row
+from fastppo.benchmarks.run import COPY, Roof
+
+CPU = torch.device("cpu")
+Measure = Callable[..., Result]
+
+
+def with_provider(case: Case, name: str, provider: Provider) -> Case:
+    return replace(case, providers={**case.providers, name: provider})
+
+
+def row_of(result: Result, provider: str) -> Row:
+    (row,) = (row for row in result.rows if row.provider == provider)
+    return row
+
+
+def test_honest_providers_are_timed(case: Case, measure: Measure) -> None:
+    result = measure(case)
+    assert [row.provider for row in result.rows] == ["fastppo", "torch", COPY]
+    assert not result.bad
+    for row in result.rows:
+        assert len(row.seconds) >= 3 and row.mode == "perf_counter"
+        assert row.roofline is not None and 0 < row.roofline <= 1.05
+    row = row_of(result, "fastppo")
+    assert row.error is not None and row.allowed is not None and 0 < row.error <= row.allowed
+    assert row.bytes == 400_000 and row.gb_s == pytest.approx(0.0004 / row.median)
+
+
+def test_an_answer_off_by_one_is_refused_before_it_is_timed(case: Case, measure: Measure) -> None:
+    calls = []
+
+    def off_by_one(x: Inputs, size: Size) -> Call:
+        def call() -> dict[str, torch.Tensor]:
+            calls.append(1)
+            y = x["x"].cumsum(0)
+            return {"y": torch.cat([y[:1], y[:-1]])}
+
+        return call
+
+    result = measure(with_provider(case, "shifted", Provider(prepare=off_by_one)))
+    row = row_of(result, "shifted")
+    assert row.status == "wrong" and "y: error" in row.note and not row.seconds
+    assert len(calls) == 1  # the check's; no warm-up, no sample
+    assert result.bad == [row]
+    assert row_of(result, "fastppo").status == "ok"
+
+
+def test_one_wrong_number_is_seen(case: Case, measure: Measure) -> None:
+    def one_off(x: Inputs, size: Size) -> Call:
+        def call() -> dict[str, torch.Tensor]:
+            y = x["x"].cumsum(0)
+            y[123] += 0.5
+            return {"y": y}
+
+        return call
+
+    assert row_of(measure(with_provider(case, "one", Provider(prepare=one_off))), "one").status == (
+        "wrong"
+    )
+
+
+def test_changing_the_inputs_is_noticed_after_timing(case: Case, measure: Measure) -> None:
+    def in_place(x: Inputs, size: Size) -> Call:
+        def call() -> dict[str, torch.Tensor]:
+            y = x["x"].cumsum(0)
+            x["x"].mul_(0.99)
+            return {"y": y}
+
+        return call
+
+    row = row_of(measure(with_provider(case, "greedy", Provider(prepare=in_place))), "greedy")
+    assert row.status == "wrong" and row.note.startswith("after timing: y")
+
+
+def test_missing_results_and_nan_never_pass() -> None:
+    ones = {"y": torch.ones(3)}
+    assert largest_error(ones, ones).size == 0
+    assert largest_error({"y": torch.tensor([1.0, 2.0, 1.0])}, ones).size == pytest.approx(1)
+    nan = largest_error({"y": torch.tensor([1.0, torch.nan, 1.0])}, ones)
+    assert not nan.size <= 1e9
+    for outputs, text in (({}, "'y' is missing"), ({"y": torch.ones(4)}, "expected shape")):
+        with pytest.raises(Exception, match=text):
+            largest_error(outputs, ones)
+
+
+def test_a_peer_that_cannot_run_is_a_row(case: Case, measure: Measure) -> None:
+    def prepare(x: Inputs, size: Size) -> Call:
+        raise AssertionError("never prepared")
+
+    absent = Provider(prepare=prepare, needs=("no_such_module.kernels",))
+    elsewhere = Provider(prepare=prepare, devices=("cuda",))
+    spoilt = with_provider(with_provider(case, "peer", absent), "GPU peer", elsewhere)
+    result = measure(spoilt)
+    found = {name: row_of(result, name) for name in ("peer", "GPU peer")}
+    assert {row.status for row in found.values()} == {"missing"}
+    assert found["peer"].note == "no_such_module.kernels is not installed"
+    assert found["GPU peer"].note == "runs on cuda only"
+    assert not result.bad
+
+
+def test_a_peer_that_raises_fails_and_the_others_go_on(case: Case, measure: Measure) -> None:
+    def prepare(x: Inputs, size: Size) -> Call:
+        raise KeyError("layout")
+
+    result = measure(with_provider(case, "broken", Provider(prepare=prepare)))
+    assert row_of(result, "broken").note == "KeyError: 'layout'"
+    assert [row.provider for row in result.bad] == ["broken"]
+    assert row_of(result, "fastppo").status == "ok"
+
+
+def test_faster_than_the_ceilings_is_a_mistake_in_the_accounting(
+    case: Case, measure: Measure
+) -> None:
+    wrong = replace(case, flops=Count("N³", lambda s: float(s["N"]) ** 3))
+    row = row_of(measure(wrong), "fastppo")
+    assert row.status == "impossible" and "of the roofline" in row.note
+
+
+def test_the_roof_is_the_higher_one(roof: Roof) -> None:
+    row = Row(case="c", size="s", provider="p", status="ok", bytes=1e9, flops=1.0)
+    large = 1e9 / (roof.ceilings.copy_gb_s * 1e9)
+    assert roof.floor(row, False, copy_seconds=2 * large) == pytest.approx(large)
+    assert roof.floor(row, False, copy_seconds=large / 2) == pytest.approx(large / 2)
+    busy = replace(row, flops=1e15)
+    assert roof.floor(busy, False, 1.0) == pytest.approx(1e3 / roof.ceilings.fp32_tflops)
+    assert roof.floor(busy, True, 1.0) == pytest.approx(1e3 / roof.ceilings.bf16_tflops)
+
+
+def test_the_clock_is_right_about_work_of_a_known_length() -> None:
+    def wait(seconds: float) -> Callable[[], None]:
+        def work() -> None:
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                pass
+
+        return work
+
+    timers = {
+        "short": Timer([wait(0.0001)], CPU),
+        "two sets": Timer([wait(0.0004), wait(0.0)], CPU),  # a sample is a mean over both
+    }
+    samples = take_turns(timers, budget=0.5)
+    assert len(samples["short"]) == len(samples["two sets"]) >= 3
+    for name, seconds in (("short", 0.0001), ("two sets", 0.0002)):  # others only ever add time
+        assert 0.999 * seconds <= min(samples[name]) <= 1.3 * seconds
+
+
+def test_timers_take_turns() -> None:
+    order: list[str] = []
+
+    def note(name: str) -> Callable[[], None]:
+        def work() -> None:
+            order.append(name)
+            time.sleep(0.011)  # longer than a sample, so each sample is one call
+
+        return work
+
+    timers = {name: Timer([note(name)], CPU) for name in "ab"}
+    order.clear()
+    take_turns(timers, budget=0.01)
+    assert order == list("ababab")
+
+
+def test_peak_memory_sees_what_a_call_keeps() -> None:
+    n, v = 64, 50_000
+    size = 4 * n * v  # 12.8 MB of logits
+
+    def keeps_two() -> torch.Tensor:
+        logits = torch.randn(n, v)
+        return logits.exp().sum()  # both are there at once
+
+    def in_chunks() -> torch.Tensor:
+        return torch.stack([torch.randn(4, v).exp_().sum() for _ in range(n // 4)]).sum()
+
+    for _ in range(2):  # memory that was freed before counts again
+        assert 2 * size <= peak_memory(keeps_two, CPU) <= 2 * size + 100
+    assert size / 16 <= peak_memory(in_chunks, CPU) <= size / 16 + 100
+    kept = torch.randn(n, v)
+    assert peak_memory(lambda: kept.mul(2).sum(), CPU) <= size + 100  # not what was there before
+
+
+def test_the_head_holds_no_logits_and_plain_torch_does() -> None:
+    (case,) = select_cases(["head_by_vocabulary"])
+    size = Size(N=256, H=16, V=32_000)
+    inputs = case.inputs(size, CPU, 0)
+    logits = 4 * size["N"] * size["V"]
+    peak = {}
+    for name, provider in case.providers.items():
+        peak[name] = peak_memory(provider.prepare(inputs, size), CPU)
+    assert peak["torch"] >= 2 * logits  # the softmax, and the gradient of the logits
+    assert peak["fastppo"] <= peak["torch"] - logits
+
+
+def test_unknown_cases_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown case 'gea'. Did you mean 'gae'"):
+        select_cases(["gea"])
+
+
+@pytest.mark.parametrize("case_", select_cases([]), ids=lambda case: case.name)
+def test_every_case_is_whole(case_: Case) -> None:
+    assert "fastppo" in case_.providers and "smoke" in case_.sizes
+    for sizes in case_.sizes.values():
+        assert len({size.text for size in sizes}) == len(sizes)
+        for size in sizes:
+            assert case_.bytes.of(size) > 0
+            assert case_.axis is None or size[case_.axis] > 0
+
+
+UNCOMPILED = [  # a compilation takes many seconds
+    case for case in select_cases([]) if not any("compile" in name for name in case.providers)
+]
+
+
+@pytest.mark.parametrize("case_", UNCOMPILED, ids=lambda case: case.name)
+def test_every_provider_is_right(case_: Case, roof: Roof) -> None:
+    """At the smallest size, and on other inputs than the benchmark's."""
+    from fastppo.benchmarks.check import Judge
+
+    size = case_.sizes["smoke"][0]
+    inputs = case_.inputs(size, CPU, 1)
+    judge = Judge(case_, size, inputs)
+    for name in dict.fromkeys((case_.baseline, *case_.providers)):
+        provider = case_.providers[name]
+        if provider.missing(CPU) is None:
+            judge.check(name, provider.prepare(inputs, size)())
