@@ -24,12 +24,13 @@ from workload import Counter, Worker, Workload, force_lengths
 from fastppo import PackedBatch, PPOConfig, PPOTrainer, __version__, interrupts, ops
 from fastppo.metrics import PhaseTimer
 from fastppo.models import load_model, load_tokenizer
-from fastppo.rewards import RewardModel
+from fastppo.rewards import RewardModel, load_reward_func
 from fastppo.state import Iteration
 
 PHASES = {"rollout": ("rollout",), "evaluation": ("reward", "pack", "evaluate", "advantages")}
 PHASES |= {"update": ("update",)}
 
+REWARDS = Path(__file__).parents[2] / "examples" / "rewards.py"
 REWARD_TOKENS = 512
 """Padded tokens in one pass of the reward model: rows of similar lengths share one."""
 
@@ -40,7 +41,7 @@ def make_trainer(folder: Path, work: Workload, critic: str) -> tuple[PPOTrainer,
     config = PPOConfig(
         output_dir=str(folder / f"fastppo-{critic}"),
         seed=work.seed,
-        prompts_per_iteration=len(work.prompts),
+        prompts_per_iteration=work.episodes,
         max_prompt_length=max(work.prompt_lengths),
         max_response_length=work.max_response_length,
         temperature=work.temperature,
@@ -56,12 +57,14 @@ def make_trainer(folder: Path, work: Workload, critic: str) -> tuple[PPOTrainer,
         learning_rate=work.learning_rate,
         lr_schedule="constant",
         adam_eps=work.adam_eps,
+        train_layers=work.train_layers,
+        missing_eos_penalty=work.missing_eos_penalty,
         max_grad_norm=0.0,  # TRL's PPOTrainer never clips
         precision="bf16" if work.precision == "bf16" else "fp32",
         device=work.device,
     )
     value = None
-    if critic == "separate":
+    if critic == "separate" and work.answers is None:
         value = transformers.AutoModelForSequenceClassification.from_pretrained(
             reward_folder, dtype=torch.float32, attn_implementation="sdpa"
         )
@@ -70,10 +73,13 @@ def make_trainer(folder: Path, work: Workload, critic: str) -> tuple[PPOTrainer,
     reward = RewardModel(
         reward_folder, tokenizer, device=work.device, dtype=low, token_budget=REWARD_TOKENS
     )
+    data: list[dict[str, Any]] = [{"prompt": text} for text in work.prompts]
+    for row, answer in zip(data, work.answers or (), strict=False):
+        row["answer"] = answer
     trainer = PPOTrainer(
         load_model(policy).float(),
-        reward,
-        [{"prompt": text} for text in work.prompts],
+        reward if work.answers is None else load_reward_func(f"{REWARDS}:exact_number"),
+        data,
         config,
         value_model=value,
         processing_class=tokenizer,
@@ -106,7 +112,8 @@ def iterate(folder: Path, work: Workload, critic: str) -> None:
     counter.watch("reference", policy.reference.base_model)
     if policy.critic is not None:
         counter.watch("critic", policy.critic.base_model)
-    counter.watch("reward", reward.load().base_model)
+    if work.answers is None:
+        counter.watch("reward", reward.load().base_model)
     count_heads(counter)
     cpu = PhaseTimer(clock=time.process_time)
     timer = PhaseTimer(synchronize=trainer.step.device.type == "cuda", mark=cpu)
@@ -122,6 +129,7 @@ def iterate(folder: Path, work: Workload, critic: str) -> None:
             used = cpu.take()
             assert trainer.current.batch is not None
             worker.say(
+                reward=row["reward"],
                 seconds={
                     name: [sum(x[f"seconds_{part}"] for part in parts) for x in (row, used)]
                     for name, parts in PHASES.items()
@@ -138,19 +146,19 @@ def check(folder: Path, work: Workload, tensors: Path) -> None:
     trainer, reward = make_trainer(folder, work, "separate")
     step = trainer.step
     model, critic = step.policy.model, step.policy.critic
-    before = {f"policy.{k}": v.clone() for k, v in model.state_dict().items()}
-    before |= {f"value.{k}": v.clone() for k, v in critic.state_dict().items()}
+    before = {f"policy.{k}": v.cpu().clone() for k, v in model.state_dict().items()}
+    before |= {f"value.{k}": v.cpu().clone() for k, v in critic.state_dict().items()}
     prompts = [row[row != work.pad_token_id].numpy() for row in theirs["queries"]]
     responses = [row.numpy() for row in theirs["responses"]]
     scores = [
-        reward.load()(input_ids=torch.cat([torch.tensor(p), torch.tensor(r)])[None]).logits
+        reward.load()(input_ids=torch.tensor([*p, *r], device=work.device)[None]).logits
         for p, r in zip(prompts, responses, strict=True)
     ]
     batch = PackedBatch.pack(prompts, responses, truncated=[True] * len(prompts))
     batch = step.advantages(step.evaluate(batch), theirs["scores"])
     metrics = step.update(batch)
-    after = {f"policy.{k}": v for k, v in model.state_dict().items()}
-    after |= {f"value.{k}": v for k, v in critic.state_dict().items()}
+    after = {f"policy.{k}": v.cpu() for k, v in model.state_dict().items()}
+    after |= {f"value.{k}": v.cpu() for k, v in critic.state_dict().items()}
     # the critic's score is a head of its own here, which starts from it
     moved = [k for k in before if k in theirs and k != "value.score.weight"]
     ours, wanted = (torch.cat([(w[k] - before[k]).ravel() for k in moved]) for w in (after, theirs))
@@ -165,7 +173,9 @@ def check(folder: Path, work: Workload, tensors: Path) -> None:
         "policy loss": (torch.tensor(metrics["policy_loss"]), theirs["pg_loss_stats"]),
         "value loss": (torch.tensor(metrics["value_loss"]), theirs["vf_loss_stats"]),
     }
-    gaps = {name: float((a.ravel() - b.ravel()).abs().max()) for name, (a, b) in pairs.items()}
+    gaps = {
+        name: float((a.cpu().ravel() - b.ravel()).abs().max()) for name, (a, b) in pairs.items()
+    }
     gaps["change of all weights, relative"] = float((ours - wanted).norm() / wanted.norm())
     worker.say(gaps=gaps, tokens=batch.num_tokens, changed=float((wanted != 0).float().mean()))
 

@@ -54,17 +54,12 @@ def prepare(
         response: likewise, in an order that has nothing to do with the prompts'.
         options: fields of the workload.
     """
+    tokenizer = write_models(folder, model)
     rng = np.random.default_rng(0)
-    policy, tokenizer = (
-        (load_model(model).float(), load_tokenizer(model)) if model not in SHAPES else random(model)
-    )
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-    policy.config.pad_token_id = policy.generation_config.pad_token_id = 0
-    reward = classifier(policy)
-    for name, part in (("policy", policy), ("reward", reward), ("tokenizer", tokenizer)):
-        part.save_pretrained(folder / name)
-    lengths = [rng.permutation(np.linspace(*ends, sequences).round().astype(int)).tolist()
-               for ends in (prompt, response)]  # fmt: skip
+    lengths = [
+        rng.permutation(np.linspace(*ends, sequences).round().astype(int)).tolist()
+        for ends in (prompt, response)
+    ]
     work = Workload(
         prompts=[text_of_length(tokenizer, length, rng) for length in lengths[0]],
         prompt_lengths=lengths[0],
@@ -75,6 +70,19 @@ def prepare(
     )
     work.save(folder)
     return work
+
+
+def write_models(folder: Path, model: Model) -> Any:
+    """Write policy, reward model and tokenizer; returns the tokenizer."""
+    policy, tokenizer = (
+        (load_model(model).float(), load_tokenizer(model)) if model not in SHAPES else random(model)
+    )
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    policy.config.pad_token_id = policy.generation_config.pad_token_id = 0
+    reward = classifier(policy)
+    for name, part in (("policy", policy), ("reward", reward), ("tokenizer", tokenizer)):
+        part.save_pretrained(folder / name)
+    return tokenizer
 
 
 def random(shape: str) -> tuple[Any, Any]:

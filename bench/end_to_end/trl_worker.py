@@ -2,15 +2,17 @@
 
     python trl_worker.py WORKLOAD [TENSORS]
 
-Nothing of TRL is changed. With bf16 its frozen models are in bf16 and its update is under autocast;
-sampling and values stay fp32, since PPOTrainer runs them outside of accelerate's autocast. Its loop has no seam between iterations but the callbacks, so the worker
+Nothing of TRL is changed. Its loop has no seam between iterations but the callbacks, so the worker
 waits in `on_step_end`. Phases are told apart by when TRL calls its own `batch_generation` and its
-first `forward` with gradients. With TENSORS the loop's own tensors of the first iteration, and the
-weights after it, are written there.
+first `forward` with gradients. With bf16 the frozen models are in bf16 and the update is under
+autocast; sampling and values stay fp32, as PPOTrainer runs them outside of accelerate's autocast.
+With TENSORS the loop's own tensors of the first iteration, and the weights after it, are written
+there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -19,13 +21,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from text_reward import TextReward
 from workload import Counter, Worker, Workload, force_lengths, synchronize
 
 KEPT = ("queries", "responses", "scores", "logprobs", "ref_logprobs", "values", "rewards")
 KEPT += ("advantages", "returns", "pg_loss_stats", "vf_loss_stats", "padding_mask")
 
 
-class Done(Exception):
+class EndError(Exception):
     """No iteration is asked for any more."""
 
 
@@ -51,7 +54,16 @@ def make_trainer(folder: Path, work: Workload, callback: Any) -> Any:
             (classifier, "reward", low),
         )
     )
-    size = len(work.prompts)
+    if work.answers is not None:
+        reward = TextReward(work, tokenizer)
+        value.score.weight.data.zero_()
+    if work.train_layers is not None:
+        for model in (policy, value):
+            model.requires_grad_(False)
+            model.model.layers[-work.train_layers :].requires_grad_(True)
+            model.model.norm.requires_grad_(True)
+        value.score.requires_grad_(True)
+    size = work.episodes
     args = PPOConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=size,
@@ -60,7 +72,8 @@ def make_trainer(folder: Path, work: Workload, callback: Any) -> Any:
         local_rollout_forward_batch_size=size,
         total_episodes=size * 10_000,
         response_length=work.max_response_length,
-        stop_token_id=work.eos_token_id if work.forced else None,
+        stop_token_id=None if work.stop == "never" else work.eos_token_id,
+        missing_eos_penalty=work.missing_eos_penalty or None,
         temperature=work.temperature,
         kl_coef=work.kl_coef,
         cliprange=work.clip,
@@ -153,7 +166,7 @@ def main(folder: Path, tensors: Path | None) -> None:
 
     def begin() -> None:
         if not worker.wait():
-            raise Done
+            raise EndError
         counter.take()
         phases.marks.clear()
         phases.mark()
@@ -172,7 +185,10 @@ def main(folder: Path, tensors: Path | None) -> None:
                 weights = {f"policy.{k}": v for k, v in policy.state_dict().items()}
                 weights |= {f"value.{k}": v for k, v in value.state_dict().items()}
                 save_file({k: v.clone() for k, v in {**kept, **weights}.items()}, tensors)
+            reward = trainer.reward_model
+            given = reward.latest if isinstance(reward, TextReward) else found["scores"]
             worker.say(
+                reward=float(given.mean()),
                 seconds=phases.seconds(),
                 tokens=counter.take(),
                 real=int((found["queries"] != work.pad_token_id).sum())
@@ -186,11 +202,10 @@ def main(folder: Path, tensors: Path | None) -> None:
     counter.watch("policy", policy.model, policy.lm_head)
     counter.watch("reference", trainer.ref_model.model, trainer.ref_model.lm_head)
     counter.watch("critic", value.model)
-    counter.watch("reward", trainer.reward_model.model)
-    try:
+    if work.answers is None:
+        counter.watch("reward", trainer.reward_model.model)
+    with contextlib.suppress(EndError):
         trainer.train()
-    except Done:
-        pass
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The work that both sides of the comparison do, and what counts it. Needs neither TRL nor fastppo.
 
-A `Workload` is a folder: `policy/`, `reward/` and `tokenizer/`, and workload.json with prompts, response lengths and hyperparameters. Both sides read all of it from
-there. A response ends where the workload says, for both alike: the sampler's scores pass through
-`ForcedLengths`, so the numbers of prompt and response tokens are the same in every iteration.
+A `Workload` is a folder: `policy/`, `reward/`, `tokenizer/`, and workload.json with prompts,
+response lengths and hyperparameters. Both sides read all of it from there. Where lengths are
+forced, the sampler's scores pass through `ForcedLengths`, so that a response ends where the
+workload says and both sides have as many prompt and response tokens in every iteration.
 
 B sequences, L columns of the padded rectangle, V vocabulary.
 """
@@ -17,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One PPO iteration: every prompt once, one response each. Defaults are TRL's but for the noted."""
+    """What PPO does in each iteration. Defaults are TRL's, except where one is named."""
 
     prompts: list[str]
     prompt_lengths: list[int]
@@ -54,13 +55,27 @@ class Workload:
     precision: str = "fp32"
     device: str = "cpu"
     seed: int = 1
-    forced: bool = True
-    """Whether `response_lengths` are forced; else each response has the longest of them."""
+    stop: Literal["forced", "eos", "never"] = "forced"
+    """What ends a response before the longest of `response_lengths`."""
+    batch: int = 0
+    """Prompts of an iteration, one response each; 0: all of them."""
+    train_layers: int | None = None
+    """Train the last so many layers and the final norm of policy and critic; None: everything."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the score of a response without an end token. TRL: none."""
+    answers: list[int] | None = None
+    """The number that is the right answer to each prompt, and 1 its reward; the critic then starts
+    at 0. None: the reward model scores, and the critic starts from it."""
 
     @property
     def max_response_length(self) -> int:
         """Steps of the sampler."""
         return max(self.response_lengths)
+
+    @property
+    def episodes(self) -> int:
+        """Responses of an iteration."""
+        return self.batch or len(self.prompts)
 
     @property
     def real_tokens(self) -> int:
@@ -101,7 +116,7 @@ class ForcedLengths(LogitsProcessor):
 
 def force_lengths(model: Any, work: Workload) -> None:
     """Have `model.generate` sample responses of the workload's lengths."""
-    if not work.forced:
+    if work.stop != "forced":
         return
     generate = model.generate
 
