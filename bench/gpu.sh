@@ -69,10 +69,10 @@ pip=("$python" -m pip --disable-pip-version-check install -q --no-index --no-dep
 if [ -n "$wheels" ]; then
   stage wheels 10 "${pip[@]}" "$wheels"/*.whl
 fi
-stage build 80 "${pip[@]}" --no-build-isolation "$root"
+stage build 75 "${pip[@]}" --no-build-isolation "$root"
 tests=(-m gpu tests)
 [ "$device" = cpu ] && tests=(tests/ops/test_gae.py tests/benchmarks)
-stage tests 95 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+stage tests 90 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
 stage ceilings 20 "$python" -c "
 import dataclasses, json, sys, torch
 from fastppo.profiling.ceilings import measure_ceilings
@@ -85,9 +85,9 @@ smoke=("$python" bench/kernel_smoke.py "$device")
 if command -v compute-sanitizer >/dev/null && [ "$device" != cpu ]; then
   stage sanitizer 45 compute-sanitizer --error-exitcode 9 "${smoke[@]}"
 else
-  stage smoke 20 "${smoke[@]}"
+  stage smoke 45 "${smoke[@]}"
 fi
-stage profile 25 "$python" -m fastppo.cli profile op linear_ppo_loss --device "$device" \
+stage profile 40 "$python" -m fastppo.cli profile op linear_ppo_loss --device "$device" \
   --size "$sizes" --output-dir "$out/profile"
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -8,6 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullLocator
+
 from fastppo.benchmarks.results import Result, Row
 from fastppo.benchmarks.run import COPY
 from fastppo.benchmarks.scaling import series, slope
@@ -47,7 +49,7 @@ def save_plots(result: Result, folder: Path) -> list[Path]:
 
 def _caption(result: Result) -> str:
     machine = result.machine
-    hardware = machine.get("gpu") or f"{machine.get('cpu')}, {machine.get('threads')} threads"
+    hardware = machine.get("gpu") or f"{machine.get('cpu')}, threads: {machine.get('threads')}"
     return f"{hardware}; torch {result.versions.get('torch')}; {result.date}"
 
 
@@ -71,8 +73,9 @@ def _bars(plt: Any, rows: Sequence[Row]) -> Any:
         line[0].set_title(f"{group[0].case}, {size}", loc="left", fontweight="bold")
         for axis in line[1:]:
             axis.set_yticklabels([])
-    for axis, name in zip(axes[0], ("time", "peak memory", "share of the roofline"), strict=True):
-        axis.set_title(name, loc="right")
+    names = ("time, median and quartiles", "peak memory", "share of the roofline")
+    for axis, name in zip(axes[-1], names, strict=True):
+        axis.set_xlabel(name)
     return figure
 
 
@@ -83,35 +86,31 @@ def _panel(
     text: Callable[[float], str],
     log: bool = False,
 ) -> None:
-    """Bars from the top down, each with its number."""
-    values = [value(row) for row in rows]
-    places = range(len(rows))
-    colours = [_colour(row.provider) for row in rows]
-    spread = [row.spread / 2 for row in rows] if log else None
-    axis.barh(
-        places, [v or 0.0 for v in values], color=colours, xerr=spread, ecolor=INK, height=0.7
-    )
-    known = [v for v in values if v]
-    if log and known:
+    """Bars from the top down, each with its number; on a logarithmic axis these are times."""
+    for place, row in enumerate(rows):
+        v = value(row)
+        if v is None:
+            label, end = "" if row.provider == COPY else "not measured", 0.0
+        else:
+            axis.barh(place, v, color=_colour(row.provider), height=0.7)
+            label, end = text(v), v
+        if log:
+            low, end = row.quartiles
+            axis.plot((low, end), (place, place), color=INK, linewidth=1)
+            end = max(end, row.median)
+        axis.annotate(label, (end, place), (5, 0), textcoords="offset points", va="center")
+    ends = [(row.quartiles[1] if log else value(row)) or 0.0 for row in rows]
+    if log:
         axis.set_xscale("log")
-        axis.set_xlim(min(known) / 3, max(known) * 8)
-    elif known:
-        axis.set_xlim(0, max(known) * 1.25)
-    for place, v in zip(places, values, strict=True):
-        label = "not measured" if v is None else text(v)
-        axis.annotate(
-            label,
-            (v or 0.0 if not log else v, place),
-            (5, 0),
-            textcoords="offset points",
-            va="center",
-        )
-    axis.set_yticks(list(places), [row.provider for row in rows])
-    axis.invert_yaxis()
+        axis.set_xlim(min(row.median for row in rows) / 3, max(ends) * 8)
+        axis.xaxis.set_minor_locator(NullLocator())
+    else:
+        axis.set_xlim(0, 1.3 * max(ends) or 1)
+        axis.locator_params(axis="x", nbins=4)
+    axis.set_yticks(range(len(rows)), [row.provider for row in rows])
+    axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.tick_params(axis="y", length=0)
     axis.xaxis.set_major_formatter(lambda v, _: text(v) if v else "0")
-    axis.xaxis.set_minor_formatter(lambda *_: "")
-    axis.locator_params(axis="x", nbins=4) if not log else None
 
 
 def _colour(provider: str) -> str:
@@ -126,23 +125,44 @@ def _growth(plt: Any, case: str, rows: Sequence[Row]) -> Any:
     figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
     figure.suptitle(case, x=0.01, ha="left", fontweight="bold")
     names = [name for name in dict.fromkeys(row.provider for row in rows) if name != COPY]
+    numbers = sorted({row.axis for row in rows if row.axis is not None})
     for axis, what, text in zip(
         axes, ("seconds", "bytes"), (seconds_text, bytes_text), strict=True
     ):
-        for name, points in series(rows, what).items():
-            if name == COPY:
-                continue
+        axis.set(xscale="log", yscale="log", title="time" if what == "seconds" else "peak memory")
+        drawn = {name: p for name, p in series(rows, what).items() if name != COPY}
+        highest = {x: max(dict(p).get(x, 0.0) for p in drawn.values()) for x in numbers}
+        for name, points in drawn.items():
             exponent = slope(points)
             label = name if exponent is None else f"{name}: slope {exponent:.2f}"
             colour = LINES[names.index(name) % len(LINES)]
             axis.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
-        axis.set(xscale="log", yscale="log", title="time" if what == "seconds" else "peak memory")
-        numbers = sorted({row.axis for row in rows if row.axis is not None})
+            for x, y in points:
+                axis.annotate(
+                    *(text(y), (x, y), (0, 6 if y == highest[x] else -13)),
+                    textcoords="offset points",
+                    ha="center",
+                    color=colour,
+                    fontsize=8,
+                )
+        axis.margins(0.12, 0.2)
+        axis.set_xlabel(_axis_letter(rows))
         axis.set_xticks(numbers, [f"{number:g}" for number in numbers])
-        axis.xaxis.set_minor_locator(plt.NullLocator())
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter(lambda v, _, text=text: text(v))
-        axis.yaxis.set_minor_formatter(lambda *_: "")
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.grid(color=FLOOR, linewidth=0.5)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)
     return figure
+
+
+def _axis_letter(rows: Sequence[Row]) -> str:
+    """The letter of the size that grows."""
+    varying = [
+        {p.partition("=")[0] for p in row.size.split() if p.endswith(f"={row.axis:.0f}")}
+        for row in rows
+        if row.axis is not None
+    ]
+    return ", ".join(sorted(set.intersection(*varying))) if varying else ""

@@ -69,11 +69,17 @@ class Row:
         return median(self.seconds) if self.seconds else math.nan
 
     @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third, in seconds."""
+        if len(self.seconds) < 2:
+            return self.median, self.median
+        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
     def spread(self) -> float:
         """Interquartile range of the samples, in seconds."""
-        if len(self.seconds) < 2:
-            return 0.0
-        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
+        low, high = self.quartiles
         return high - low
 
     @property
