@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install -c constraints.txt
 STAMP := $(VENV)/.fastppo-installed
 PEERS := $(VENV)/.peers-installed
+TRL_VENV ?= .venv-trl
+TRL_PIP := $(TRL_VENV)/bin/python -m pip --disable-pip-version-check
+TRL_STAMP := $(TRL_VENV)/.trl-installed
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10 python3.14 python
 RECENT := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
@@ -72,9 +75,25 @@ $(PEERS): $(STAMP)
 	$(PIP_INSTALL) --no-deps trl liger-kernel
 	@touch $@
 
+# PPO iterations against TRL's PPOTrainer; and reward curves of both
+.PHONY: bench-trl bench-trl-curves
+bench-trl: setup $(TRL_STAMP)
+	$(BIN)/python bench/end_to_end/compare.py --peer-python $(TRL_VENV)/bin/python $(ARGS)
+
+bench-trl-curves: setup $(TRL_STAMP)
+	$(BIN)/python bench/end_to_end/curves.py --peer-python $(TRL_VENV)/bin/python $(ARGS)
+
+# TRL in an environment of its own: PPOTrainer left it after 1.12.0
+$(TRL_STAMP): bench/end_to_end/requirements-trl.txt constraints.txt
+	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_PIP) install -c constraints.txt torch
+	$(TRL_PIP) install -c constraints.txt -r bench/end_to_end/requirements-trl.txt
+	$(TRL_PIP) install --no-deps trl==1.12.0
+	@touch $@
+
 wheel: setup
 	rm -rf dist
 	$(PIP) wheel --no-deps -w dist -C cmake.define.FASTPPO_WERROR=ON .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(TRL_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
