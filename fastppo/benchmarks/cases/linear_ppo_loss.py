@@ -75,18 +75,22 @@ def loss_of(scorer: Scorer) -> Callable[[Inputs, Size], Outputs]:
     return function
 
 
-def fastppo(x: Inputs, size: Size) -> Outputs:
-    loss, metrics = ops.linear_ppo_loss(
-        x["hidden"],
-        x["weight"],
-        x["targets"],
-        x["old_logprobs"],
-        x["advantages"],
-        x["weights"],
-        CONFIG,
-        num_live=size["N"],
-    )
-    return {"loss": loss, "entropy": metrics[ENTROPY] / size["N"]}
+def fastppo(low_memory: bool) -> Callable[[Inputs, Size], Call]:
+    def function(x: Inputs, size: Size) -> Outputs:
+        loss, metrics = ops.linear_ppo_loss(
+            x["hidden"],
+            x["weight"],
+            x["targets"],
+            x["old_logprobs"],
+            x["advantages"],
+            x["weights"],
+            CONFIG,
+            num_live=size["N"],
+            low_memory=low_memory,
+        )
+        return {"loss": loss, "entropy": metrics[ENTROPY] / size["N"]}
+
+    return forward_backward(function, LEAVES)
 
 
 def compiled(x: Inputs, size: Size) -> Call:
@@ -158,7 +162,10 @@ CASES = (
         inputs=inputs,
         reference=reference,
         providers={
-            "fastppo": Provider(prepare=forward_backward(fastppo, LEAVES)),
+            "fastppo": Provider(prepare=fastppo(low_memory=False)),
+            "fastppo low memory": Provider(
+                prepare=fastppo(low_memory=True), note="4 matrix passes, over vocabulary tiles"
+            ),
             "torch": Provider(prepare=through(linear_logprobs_of)),
             "torch.compile": Provider(prepare=compiled),
             "TRL chunked": Provider(
