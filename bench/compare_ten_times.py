@@ -1,6 +1,6 @@
 """Is `fastppo bench compare` to be trusted on this machine?
 
-    python bench/compare_ten_times.py [--cases gae value_loss] [--sizes smoke] [--pairs 10]
+    python bench/compare_ten_times.py [--cases vtrace packing] [--sizes cpu] [--pairs 10]
 
 Measures the same code twice, `pairs` times: no pair may differ. Then measures with one provider
 that does its work twice: the comparison must fail and name it, and nothing else.
@@ -47,11 +47,11 @@ def twice(provider: Provider) -> Provider:
 
 
 def main(
-    cases: tuple[str, ...] = ("gae", "gae_classic", "whiten", "head_by_vocabulary", "packing"),
-    sizes: Literal["smoke", "cpu", "gpu"] = "smoke",
+    cases: tuple[str, ...] = ("gae_classic", "vtrace", "whiten", "packing"),
+    sizes: Literal["smoke", "cpu", "gpu"] = "cpu",
     pairs: int = 10,
     seconds: float = 2.0,
-    slow: str = "gae",
+    slow: str = "vtrace",
 ) -> None:
     """Measure and print; exit status 1 where a verdict is wrong.
 
