@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from fastppo.ops._checks import check_choice
 from fastppo.ops.kl_penalty import KL_ESTIMATORS
@@ -61,3 +62,23 @@ class PPOLossConfig:
                 "is_low, is_high: expected 0 <= is_low <= is_high, "
                 f"got {self.is_low}, {self.is_high}"
             )
+
+
+CONFIG_SCHEMA = (
+    "float clip_coef_low, float clip_coef_high, float? dual_clip, float kl_coef, "
+    "str kl_estimator, float ent_coef, str ratio_level, str? is_correction, float is_cap, "
+    "float is_low, float is_high"
+)
+"""A config as arguments of a custom op."""
+_FIELDS = tuple(field.name for field in fields(PPOLossConfig))
+NUM_CONFIG_ARGUMENTS = len(_FIELDS)
+
+
+def config_arguments(config: PPOLossConfig) -> tuple[Any, ...]:
+    """The arguments of CONFIG_SCHEMA."""
+    return tuple(getattr(config, name) for name in _FIELDS)
+
+
+def config_of(arguments: Sequence[Any]) -> PPOLossConfig:
+    """The inverse of `config_arguments`."""
+    return PPOLossConfig(**dict(zip(_FIELDS, arguments, strict=True)))

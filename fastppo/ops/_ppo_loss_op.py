@@ -6,20 +6,18 @@ float64 on CUDA (numbers reach a kernel as float32) and other devices run `ppo_r
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastppo import _C
-from fastppo.ops._ppo_config import PPOLossConfig
+from fastppo.ops._ppo_config import CONFIG_SCHEMA, PPOLossConfig, config_of
 from fastppo.ops._ppo_metrics import PPO_METRIC_NAMES
 from fastppo.ops._ppo_rows import PPOInputs, ppo_rows
 from fastppo.ops._precision import compute_dtype
 from fastppo.ops.kl_penalty import KL_ESTIMATORS
 
-_FIELDS = tuple(field.name for field in fields(PPOLossConfig))
 _Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -38,13 +36,7 @@ class _Arguments(NamedTuple):
 
 def _parse(arguments: tuple[Any, ...]) -> tuple[_Arguments, PPOLossConfig]:
     count = len(_Arguments._fields)
-    config = dict(zip(_FIELDS, arguments[count:], strict=True))
-    return _Arguments(*arguments[:count]), PPOLossConfig(**config)
-
-
-def config_arguments(config: PPOLossConfig) -> tuple[Any, ...]:
-    """The op's arguments after the tensors."""
-    return tuple(getattr(config, name) for name in _FIELDS)
+    return _Arguments(*arguments[:count]), config_of(arguments[count:])
 
 
 def ppo_loss_torch(*arguments: Any) -> _Four:
@@ -61,9 +53,7 @@ def ppo_loss_torch(*arguments: Any) -> _Four:
     mutates_args=(),
     schema="(Tensor logprobs, Tensor? entropy, Tensor old_logprobs, Tensor advantages, "
     "Tensor weights, Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? cu_seqlens, "
-    "float clip_coef_low, float clip_coef_high, float? dual_clip, float kl_coef, "
-    "str kl_estimator, float ent_coef, str ratio_level, str? is_correction, float is_cap, "
-    "float is_low, float is_high) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{CONFIG_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def ppo_loss_op(*arguments: Any) -> _Four:
     """Loss, ∂loss/∂logprobs, ∂loss/∂entropy ((0,) where ent_coef is 0) and metrics, without

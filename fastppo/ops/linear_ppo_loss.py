@@ -18,7 +18,6 @@ Sequence-level ratios need every row of a sequence before any g is known; they t
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -28,7 +27,13 @@ from torch.library import custom_op
 from fastppo.ops._checks import check_targets, is_one
 from fastppo.ops._head import fake_gradients, gradient_dtypes, head_operands, present, wanted
 from fastppo.ops._head_options import OPTIONS_SCHEMA, HeadOptions, check_head, head_options
-from fastppo.ops._ppo_config import PPOLossConfig
+from fastppo.ops._ppo_config import (
+    CONFIG_SCHEMA,
+    NUM_CONFIG_ARGUMENTS,
+    PPOLossConfig,
+    config_arguments,
+    config_of,
+)
 from fastppo.ops._ppo_metrics import PPO_METRIC_NAMES
 from fastppo.ops._ppo_rows import PPOInputs, check_ppo_inputs
 from fastppo.ops._ppo_sweep import TORCH, Backend, low_memory_sweep, one_sweep
@@ -99,8 +104,8 @@ def _implementation(device: torch.device) -> Backend:
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor old_logprobs, "
     "Tensor advantages, Tensor weights, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
-    "SymInt? num_live, float[] numbers, str kl_estimator, str is_correction, "
-    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"SymInt? num_live, {CONFIG_SCHEMA}, {OPTIONS_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _loss(
     hidden: Tensor,
@@ -113,13 +118,11 @@ def _loss(
     ref_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
     num_live: int | None,
-    numbers: list[float],
-    kl_estimator: str,
-    is_correction: str,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     """Loss, metrics, and the gradients of hidden, weight and bias, empty where not wanted."""
-    config, options = _config(numbers, kl_estimator, is_correction), HeadOptions(*rest)
+    config = config_of(rest[:NUM_CONFIG_ARGUMENTS])
+    options = HeadOptions(*rest[NUM_CONFIG_ARGUMENTS:])
     inputs = PPOInputs(old_logprobs, advantages, weights, ref_logprobs, rollout_logprobs)
     num_rows, device = targets.shape[0], hidden.device
     dtypes = gradient_dtypes(hidden, weight, bias)
@@ -138,30 +141,6 @@ def _loss(
         )
         dx = None if dx is None else spread(dx, rows, num_rows)
         return loss, metrics, *present((dx, *others), weight)
-
-
-def _numbers(config: PPOLossConfig) -> list[float]:
-    dual_clip = math.inf if config.dual_clip is None else config.dual_clip
-    clips = [config.clip_coef_low, config.clip_coef_high, dual_clip]
-    caps = [config.is_cap, config.is_low, config.is_high]
-    return [*clips, config.kl_coef, config.ent_coef, *caps]
-
-
-def _config(numbers: list[float], kl_estimator: Any, is_correction: Any) -> PPOLossConfig:
-    """The inverse of `_numbers`, for token-level ratios."""
-    low, high, dual_clip, kl_coef, ent_coef, is_cap, is_low, is_high = numbers
-    return PPOLossConfig(
-        clip_coef_low=low,
-        clip_coef_high=high,
-        dual_clip=None if dual_clip == math.inf else dual_clip,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        ent_coef=ent_coef,
-        is_correction=is_correction or None,
-        is_cap=is_cap,
-        is_low=is_low,
-        is_high=is_high,
-    )
 
 
 @_loss.register_fake
@@ -259,7 +238,6 @@ def linear_ppo_loss(
             rollout_logprobs=inputs.rollout_logprobs,
             cu_seqlens=cu_seqlens,
         )
-    names = (config.kl_estimator, config.is_correction or "")
     loss, metrics, *_ = _loss(
         hidden,
         weight,
@@ -267,8 +245,7 @@ def linear_ppo_loss(
         targets.long(),
         *inputs,
         num_live,
-        _numbers(config),
-        *names,
+        *config_arguments(config),
         *options,
     )
     return PPOLoss(loss, metrics)

@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastppo.ops import PPOLossConfig, linear_logprobs, linear_ppo_loss, live_rows, token_logprobs
+from fastppo.ops._ppo_config import config_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # dynamo's own
 
@@ -172,8 +173,9 @@ def test_opcheck(options):
     rows = [t.detach() for t in ops.linear_logprobs(*x, targets, None, None, *tail)[1:]]
     check(ops.linear_logprobs_backward, (*x, targets, keep, None, *rows, old, None, *tail))
     check(ops.linear_logprobs_backward, (*x, targets, None, None, *rows, old, advantages, *tail))
-    numbers = [0.2, 0.2, 2.0, 0.1, 0.01, 2.0, 0.5, 5.0]
-    names = (numbers, "k3", "tis")
+    names = config_arguments(
+        PPOLossConfig(dual_clip=2.0, kl_coef=0.1, ent_coef=0.01, is_correction="tis")
+    )
     constants = (targets, old, advantages, weights, old, old)
     check(ops.linear_ppo_loss, (hidden, weight, bias, *constants, None, *names, *tail))
     frozen = (*tail[:-2], False, False)

@@ -16,7 +16,8 @@ from fastppo.ops import (
     ppo_loss_reference,
     reduce_ppo_metrics,
 )
-from fastppo.ops._ppo_loss_op import config_arguments, ppo_loss_torch
+from fastppo.ops._ppo_config import config_arguments
+from fastppo.ops._ppo_loss_op import ppo_loss_torch
 
 LENGTHS = [7, 0, 1, 30, 12]
 CU = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)

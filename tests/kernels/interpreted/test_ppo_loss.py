@@ -15,7 +15,8 @@ from fastppo_kernels.ppo_loss import ppo_loss
 
 from fastppo.ops import PPOLossConfig, ppo_loss_reference
 from fastppo.ops._cuda import ppo_knobs
-from fastppo.ops._ppo_loss_op import config_arguments, ppo_loss_torch, ppo_loss_triton
+from fastppo.ops._ppo_config import config_arguments
+from fastppo.ops._ppo_loss_op import ppo_loss_torch, ppo_loss_triton
 
 # Blocks of 16 tokens, 2 of them combined at a time: 100 tokens are 7 blocks in 4 steps.
 SMALL = {"table": Launch(16, 4), "chunk": 2}
