@@ -262,11 +262,16 @@ class UniformEngine:
         return Rollouts(responses, logprobs, finished, np.logical_not(finished))
 
 
+def in_turn(completions: list[str]) -> list[float]:
+    """Different scores: responses that are all as good leave nothing to learn or to measure."""
+    return [float(i) for i in range(len(completions))]
+
+
 def test_any_engine_can_sample(tmp_path: Path) -> None:
     engine = UniformEngine()
     trainer = PPOTrainer(
         tiny_model(len(WORDS), seed=0),
-        larger_digit,
+        in_turn,
         ROWS,
         config(tmp_path / "run", is_correction="tis", num_iterations=3),
         processing_class=word_tokenizer(),

@@ -223,8 +223,10 @@ def test_12_three_logprobs(kind: str, make_step: MakeStep, make_batch: MakeBatch
     """μ, π_old and π stay apart: μ enters the weight only, and its distance is always logged."""
     step = make_step(is_correction=kind, advantage="reinforce", max_grad_norm=0.0)
     batch, gap = with_sampler(step.evaluate(make_batch()))
-    batch = step.advantages(batch, np.arange(5.0))
+    # No score is the mean of all: a token of advantage 0 would not be looked at.
+    batch = step.advantages(batch, np.array([0.0, 1.0, 2.0, 3.0, 5.0]))
     metrics = step.update(batch)
+    assert metrics["num_tokens"] == batch.num_responses
     assert metrics["ratio"] == metrics["ratio_max"] == 1.0
     assert metrics["logprob_diff"] == pytest.approx(gap.abs().mean().item(), rel=1e-4)
     assert metrics["logprob_diff_max"] == pytest.approx(2.0, rel=1e-4)
