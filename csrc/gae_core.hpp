@@ -11,36 +11,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
+#include "gae_avx2.hpp"
+#include "gae_inputs.hpp"
+
 namespace fastppo {
-
-enum class MaskMode { carry, dense_zero, none };
-
-// One double per sequence, or one for all of them (step 0).
-struct PerSequence {
-  const double* data = nullptr;
-  std::int64_t step = 0;
-  double operator[](std::int64_t b) const { return data[b * step]; }
-};
-
-// N tokens of B sequences. Pointers that may be null: rewards, mask, kl, bootstrap, scores and the
-// data of critic_lambda (the critic's returns then use actor_lambda).
-template <typename T>
-struct GaeInputs {
-  const std::int64_t* offsets = nullptr;  // (B+1,) from 0, non-decreasing
-  std::int64_t num_sequences = 0;
-  const T* rewards = nullptr;
-  const T* values = nullptr;
-  const std::uint8_t* mask = nullptr;
-  const T* kl = nullptr;
-  const T* bootstrap = nullptr;  // (B,)
-  const T* scores = nullptr;     // (B,)
-  PerSequence gamma;
-  PerSequence actor_lambda;
-  PerSequence critic_lambda;
-  double kl_coef = 0.0;
-};
 
 // The recurrence of one sequence, from its last token towards its first.
 template <MaskMode mode, bool masked, bool two, typename T>
@@ -126,6 +103,9 @@ void gae_lambdas(const GaeInputs<T>& in, T* advantages, T* returns) {
 // Writes advantages and returns, (N,) each; both are 0 at masked tokens.
 template <typename T>
 void gae(const GaeInputs<T>& in, MaskMode mode, T* advantages, T* returns) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (gae_avx2(in, mode, advantages, returns)) return;
+  }
   if (in.mask == nullptr) {
     gae_lambdas<MaskMode::none, false>(in, advantages, returns);
   } else if (mode == MaskMode::carry) {

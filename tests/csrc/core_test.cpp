@@ -115,7 +115,7 @@ template <typename T>
 void gae_once(std::mt19937& rng) {
   std::vector<std::int64_t> offsets{0};
   for (std::size_t b = rng() % 5; b > 0; --b) {
-    offsets.push_back(offsets.back() + static_cast<std::int64_t>(rng() % 6));
+    offsets.push_back(offsets.back() + static_cast<std::int64_t>(rng() % 12));
   }
   const auto n = static_cast<std::size_t>(offsets.back());
   const std::size_t sequences = offsets.size() - 1;
@@ -154,6 +154,7 @@ void gae_once(std::mt19937& rng) {
   }
   for (const MaskMode mode : {MaskMode::dense_zero, MaskMode::none}) {
     gae(in, mode, advantages.data(), returns.data());
+    for (std::size_t i = 0; i < n; ++i) check(mask[i] != 0 || returns[i] == T{0}, "masked return");
   }
   vtrace_sequences<true>(in, kl.data(), 1.0, 1.0, advantages.data(), returns.data());
   for (std::size_t i = 0; i < n; ++i) {

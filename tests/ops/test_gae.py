@@ -94,9 +94,10 @@ def tool_masks(rng, lengths):
     return mask
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", ["carry", "dense-zero"])
-def test_masked_slots_may_hold_nan(mode, rng):
-    rewards, values, cu = packed([12, 9], rng)
+def test_masked_slots_may_hold_nan(mode, dtype, rng):
+    rewards, values, cu = packed([12, 9], rng, dtype)
     mask = tool_masks(rng, [12, 9])
     options = {"gamma": 0.9, "gae_lambda": 0.8, "mask": mask, "mask_mode": mode}
     clean = gae(rewards, values, cu, **options)
@@ -124,6 +125,22 @@ def test_sequences_do_not_see_each_other(rng):
     assert torch.equal(before[:70], after[:70])
     assert torch.equal(before[200:], after[200:])
     assert not torch.equal(before[70:200], after[70:200])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_nan_stays_in_its_sequence(masked, dtype, rng):
+    """Every length around a few steps of four tokens, between sequences full of NaN and inf."""
+    lengths = [n for length in range(14) for n in (3, length)]
+    rewards, values, cu = packed(lengths, rng, dtype)
+    odd = torch.repeat_interleave(torch.arange(28) % 2 == 1, torch.tensor(lengths))
+    options = {"gamma": 1.0, "gae_lambda": 1.0, "returns_lambda": 0.5, "mask_mode": "none"}
+    options["mask"] = torch.rand(len(odd), generator=rng) < 0.7 if masked else None
+    clean = gae(rewards, values, cu, **options)
+    rewards, values = torch.where(odd, rewards, torch.nan), torch.where(odd, values, torch.inf)
+    poisoned = gae(rewards, values, cu, **options)
+    assert all(torch.equal(a[odd], b[odd]) for a, b in zip(poisoned, clean, strict=True))
+    assert not poisoned.advantages[~odd].isfinite().all()
 
 
 def test_split_with_bootstrap_at_lambda_zero(rng):
