@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from fastppo.benchmarks.command import run as bench
 from fastppo.config import TrainConfig
 from fastppo.demo import demo
 from fastppo.doctor import doctor
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
-COMMANDS = ("train", "replay", "export", "demo", "doctor", "profile")
+COMMANDS = ("train", "replay", "export", "demo", "doctor", "profile", "bench")
 SHELL = [text for language, text in BLOCKS if language in ("sh", "bash", "shell", "console")]
 
 
@@ -58,6 +59,7 @@ def flags_of(command: str) -> set[str]:
         "profile": [print_aot, profile_op],
         "replay": [replay],
         "export": [export],
+        "bench": [bench],
     }
     own = {
         f
