@@ -101,6 +101,8 @@ def compile_call(call: Call, target: GPUTarget) -> Any:
     source = ASTSource(fn=call.kernel, signature=signature, constexprs=constants, attrs=hints)
     num_warps = call.num_warps * 32 // target.warp_size
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if target.backend == "cuda" and call.max_registers is not None:
+        options["maxnreg"] = call.max_registers
     parsed = make_backend(target).parse_options(options)
     return triton.compile(source, target=target, options=parsed.__dict__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ class Launch:
     """Columns one program handles in one step."""
     num_warps: int
     """Of 32 threads; half as many on an AMD GPU, whose warps have 64."""
+    max_registers: int | None = field(default=None, kw_only=True)
+    """Of a thread on an NVIDIA GPU; None: ptxas decides, and may spill to fit more programs."""
 
 
 Table = tuple[tuple[float, Launch], ...]
@@ -42,6 +44,7 @@ class Call:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     num_warps: int
+    max_registers: int | None
 
 
 _recorded: ContextVar[list[Call] | None] = ContextVar("recorded", default=None)
@@ -62,11 +65,15 @@ def launch(kernel: Any, grid: tuple[int, ...], knobs: Launch, **arguments: Any) 
     """Run `kernel` over `grid`, or only write the call down inside `recording()`."""
     calls = _recorded.get()
     if calls is not None:
-        calls.append(Call(kernel, grid, arguments, knobs.num_warps))
+        calls.append(Call(kernel, grid, arguments, knobs.num_warps, knobs.max_registers))
         return
-    num_warps = knobs.num_warps // 2 if torch.version.hip else knobs.num_warps
     # Triton 3.10 turns the fusion of a·b + c off unless asked.
-    kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=True)
+    options: dict[str, Any] = {"num_warps": knobs.num_warps, "enable_fp_fusion": True}
+    if torch.version.hip:
+        options["num_warps"] //= 2
+    elif knobs.max_registers is not None:
+        options["maxnreg"] = knobs.max_registers
+    kernel[grid](**arguments, **options)
 
 
 def check_device(name: str, x: torch.Tensor) -> None:
