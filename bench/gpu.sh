@@ -78,7 +78,7 @@ if [ -n "$wheels" ]; then
 fi
 stage build 75 "${pip[@]}" --no-build-isolation "$root"
 tests=(-m gpu tests)
-[ "$device" = cpu ] && tests=(tests/ops/test_gae.py tests/benchmarks)
+[ "$device" = cpu ] && tests=(-m "not gpu and not slow" tests/ops/test_gae.py tests/benchmarks)
 stage tests 105 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
 stage ceilings 20 "$python" -c "
 import dataclasses, json, sys, torch
