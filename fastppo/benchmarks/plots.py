@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from fastppo.benchmarks.results import Result, Row
 from fastppo.benchmarks.run import COPY
-from fastppo.benchmarks.scaling import series, slope
+from fastppo.benchmarks.scaling import growing_letter, series, slope_text
 from fastppo.benchmarks.tables import OURS, bytes_text, scaling_cases, seconds_text
 
 ACCENT, OTHER, FLOOR, INK = "#1f6feb", "#8c959f", "#d0d7de", "#1f2328"
@@ -38,7 +38,9 @@ def save_plots(result: Result, folder: Path) -> list[Path]:
             rows = [row for row in group if row.status == "ok"]
             if not rows:
                 continue
-            figure = _growth(plt, case, growing[case]) if case in growing else _bars(plt, rows)
+            figure = (
+                growth_figure(plt, case, growing[case]) if case in growing else _bars(plt, rows)
+            )
             figure.text(0.995, 0.005, _caption(result), ha="right", va="bottom", fontsize=7)
             path = folder / f"{re.sub(r'[^a-z0-9_-]', '_', case.lower())}.png"
             figure.savefig(path, dpi=140)
@@ -119,50 +121,55 @@ def _colour(provider: str) -> str:
     return FLOOR if provider == COPY else OTHER
 
 
-def _growth(plt: Any, case: str, rows: Sequence[Row]) -> Any:
+def growth_figure(plt: Any, case: str, rows: Sequence[Row]) -> Any:
     """Time and memory on logarithmic axes, with the exponent of the fit in the legend."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
-    figure.suptitle(case, x=0.01, ha="left", fontweight="bold")
-    names = [name for name in dict.fromkeys(row.provider for row in rows) if name != COPY]
+    letter, same = growing_letter(rows)
+    figure.suptitle(f"{case}: {same}", x=0.01, ha="left", fontweight="bold")
+    names = list(dict.fromkeys(row.provider for row in rows))
     numbers = sorted({row.axis for row in rows if row.axis is not None})
     for axis, what, text in zip(
         axes, ("seconds", "bytes"), (seconds_text, bytes_text), strict=True
     ):
-        axis.set(xscale="log", yscale="log", title="time" if what == "seconds" else "peak memory")
-        drawn = {name: p for name, p in series(rows, what).items() if name != COPY}
-        highest = {x: max(dict(p).get(x, 0.0) for p in drawn.values()) for x in numbers}
+        axis.set(xscale="log", yscale="log", xlabel=letter)
+        axis.set_title("time" if what == "seconds" else "peak memory", fontsize=10)
+        drawn = series(rows, what)
         for name, points in drawn.items():
-            exponent = slope(points)
-            label = name if exponent is None else f"{name}: slope {exponent:.2f}"
             colour = LINES[names.index(name) % len(LINES)]
+            exponent = slope_text(points)
+            label = f"{name}: slope {exponent}" if exponent else name
             axis.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
             for x, y in points:
+                highest = y == max(dict(p).get(x, 0.0) for p in drawn.values())
                 axis.annotate(
-                    *(text(y), (x, y), (0, 6 if y == highest[x] else -13)),
+                    text(y),
+                    (x, y),
+                    (0, 7 if highest else -14),
                     textcoords="offset points",
                     ha="center",
                     color=colour,
                     fontsize=8,
+                    bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0},
+                    zorder=2.5,  # over the grid and other lines, below the markers of later ones
                 )
-        axis.margins(0.12, 0.2)
-        axis.set_xlabel(_axis_letter(rows))
-        axis.set_xticks(numbers, [f"{number:g}" for number in numbers])
+        axis.set_xticks(numbers, [f"{number:,.0f}" for number in numbers])
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.margins(x=0.1)
+        _widen(axis, [y for points in drawn.values() for _, y in points])
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter(lambda v, _, text=text: text(v))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.grid(color=FLOOR, linewidth=0.5)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
+        if drawn:
+            axis.legend(loc="upper left", framealpha=1, edgecolor="white")
     return figure
 
 
-def _axis_letter(rows: Sequence[Row]) -> str:
-    """The letter of the size that grows."""
-    varying = [
-        {p.partition("=")[0] for p in row.size.split() if p.endswith(f"={row.axis:.0f}")}
-        for row in rows
-        if row.axis is not None
-    ]
-    return ", ".join(sorted(set.intersection(*varying))) if varying else ""
+def _widen(axis: Any, values: Sequence[float]) -> None:
+    """Room above for the legend; and a decade at least, so that what hardly grows looks flat."""
+    if values:
+        low, high = min(values), max(values)
+        spare = max(1.0, 10 * low / high) ** 0.5
+        low, high = low / spare, high * spare
+        axis.set_ylim(low * (low / high) ** 0.12, high * (high / low) ** 0.3)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from fastppo.benchmarks.results import Result, Row
-from fastppo.benchmarks.scaling import series, slope
+from fastppo.benchmarks.run import COPY
+from fastppo.benchmarks.scaling import growing_letter, series, slope_text
 from fastppo.profiling.roofline import peak_tflops
 
 OURS = "fastppo"
@@ -127,18 +128,17 @@ def _providers(rows: Sequence[Row], result: Result) -> str:
 
 
 def _scaling(case: str, rows: Sequence[Row]) -> str:
-    lines = []
-    for what, text in (("seconds", seconds_text), ("bytes", bytes_text)):
-        for name, points in series(rows, what).items():
-            exponent = slope(points)
-            lines.append(
-                [
-                    name,
-                    "time" if what == "seconds" else "memory",
-                    f"{text(points[0][1])} at {points[0][0]:g}",
-                    f"{text(points[-1][1])} at {points[-1][0]:g}",
-                    "" if exponent is None else f"{exponent:.2f}",
-                ]
-            )
-    header = ("provider", "what", "smallest", "largest", "log-log slope")
-    return f"## {case}: growth\n\n{table(header, lines)}"
+    """A line per provider: time and memory at both ends, and the exponents between them."""
+    letter, same = growing_letter(rows)
+    numbers = sorted({row.axis for row in rows if row.axis is not None})
+    ends = dict.fromkeys((numbers[0], numbers[-1]))
+    header = ["provider"]
+    lines = {row.provider: [row.provider] for row in rows if row.provider != COPY}
+    for what, title, text in (("seconds", "time", seconds_text), ("bytes", "memory", bytes_text)):
+        header += [*(f"{title}, {letter}={number:.0f}" for number in ends), f"slope of {title}"]
+        found = series(rows, what)
+        for name, cells in lines.items():
+            points = found.get(name, [])
+            cells += [text(dict(points)[end]) if end in dict(points) else "" for end in ends]
+            cells.append(slope_text(points))
+    return f"## {case}: growth with {letter} at {same}\n\n{table(header, list(lines.values()))}"

@@ -195,7 +195,7 @@ def test_peak_memory_sees_what_a_call_keeps() -> None:
 
 def test_the_head_holds_no_logits_and_plain_torch_does() -> None:
     (case,) = select_cases(["head_by_vocabulary"])
-    size = Size(N=256, H=16, V=32_000)
+    size = Size(N=256, B=4, H=16, V=32_000)
     inputs = case.inputs(size, CPU, 0)
     logits = 4 * size["N"] * size["V"]
     peak = {}

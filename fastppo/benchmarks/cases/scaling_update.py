@@ -27,17 +27,19 @@ WATCHED = ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight", "model.no
 
 
 def make_model(size: Size) -> Any:
-    """H hidden units in H / 64 heads, a third of them for keys and values; L layers; V tokens."""
+    """H hidden units in heads of 64, or three smaller ones, with a third as many for keys and
+    values; L layers; V tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden = size["H"]
+    head_dim = min(64, hidden // 3)
     config = LlamaConfig(
         vocab_size=size["V"],
         hidden_size=hidden,
         intermediate_size=hidden * 8 // 3,
         num_hidden_layers=size["L"],
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 192,
+        num_attention_heads=hidden // head_dim,
+        num_key_value_heads=hidden // head_dim // 3,
         max_position_embeddings=65_536,
         tie_word_embeddings=False,
     )
@@ -141,23 +143,26 @@ def transformers_step(x: Inputs, size: Size) -> Call:
     return call
 
 
+def trunk_weights(size: Size) -> int:
+    """Parameters that every token is multiplied with: q and o, k and v, the three of the MLP."""
+    h = size["H"]
+    return size["L"] * h * (2 * h + 2 * (h // 3) + 3 * (h * 8 // 3))
+
+
 def flops(size: Size) -> float:
     """Forward and twice that backward, 2 per multiply-add; causal attention is half a square."""
     h, layers = size["H"], size["L"]
-    attention = h * h * 2 + h * (h // 192) * 64 * 2
-    trunk = layers * (attention + 3 * h * (h * 8 // 3))
     n = size["T"] // size["S"] * response_length(size)
-    return 6.0 * (size["T"] * (trunk + layers * size["S"] * h) + n * h * size["V"])
+    trunk = size["T"] * (trunk_weights(size) + layers * size["S"] * h)
+    return 6.0 * (trunk + n * h * size["V"])
 
 
 def weights(size: Size) -> float:
-    """Parameters of trunk and head."""
-    h = size["H"]
-    per_layer = h * h * 2 + h * (h // 192) * 64 * 2 + 3 * h * (h * 8 // 3)
-    return size["L"] * per_layer + 2.0 * size["V"] * h
+    """Parameters of trunk, embeddings and head."""
+    return trunk_weights(size) + 2.0 * size["V"] * size["H"]
 
 
-SMALL = {"H": 192, "L": 4, "V": 8192}
+SMALL = {"H": 96, "L": 1, "V": 4096}
 SMOLLM2 = {"H": 576, "L": 30, "V": 49_152}
 TINY = {"H": 192, "L": 1, "V": 256}
 
@@ -192,19 +197,19 @@ CASES = (
     scaling_case(
         "update_by_tokens",
         "T",
-        [{"T": t, "S": 128, "R": 50} for t in (1024, 4096, 16_384)],
+        [{"T": t, "S": 128, "R": 25} for t in (1024, 8192, 65_536)],
         [{"T": t, "S": 512, "R": 50} for t in (1024, 4096, 16_384, 65_536)],
     ),
     scaling_case(
         "update_by_length",
         "S",
-        [{"T": 4096, "S": s, "R": 50} for s in (64, 256, 1024)],
+        [{"T": 4096, "S": s, "R": 50} for s in (64, 512, 4096)],
         [{"T": 16_384, "S": s, "R": 50} for s in (256, 1024, 4096)],
     ),
     scaling_case(
         "update_by_response_share",
         "R",
-        [{"T": 4096, "S": 128, "R": r} for r in (12, 25, 50, 100)],
+        [{"T": 4096, "S": 128, "R": r} for r in (25, 50, 100)],
         [{"T": 16_384, "S": 512, "R": r} for r in (12, 25, 50, 100)],
     ),
 )
