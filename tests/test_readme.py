@@ -9,18 +9,22 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastppo.benchmarks.command import run as bench
+from fastppo.benchmarks.results import Result, Row
 from fastppo.config import TrainConfig
 from fastppo.demo import demo
 from fastppo.doctor import doctor
 from fastppo.profile import ProfileConfig, print_aot, profile_op
+from fastppo.profiling.meta import Ceilings
 from fastppo.replay import export, replay
 
 if sys.version_info >= (3, 11):
@@ -140,6 +144,94 @@ def test_the_layout_names_files_that_exist() -> None:
     (layout,) = [text for _, text in BLOCKS if "fastppo/trainer.py" in text]
     named = re.findall(r"^(?:fastppo|kernels)/[\w/.]*", layout, re.MULTILINE)
     assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+RESULTS = ROOT / "bench" / "results"
+
+
+@pytest.fixture(scope="module")
+def figures() -> Any:
+    """bench/readme.py."""
+    spec = importlib.util.spec_from_file_location("bench_readme", ROOT / "bench" / "readme.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_figures_are_those_of_kept_results(figures: Any) -> None:
+    assert figures.filled(README, RESULTS) == README, "run python bench/readme.py"
+    by_hand = README.replace("**1.", "**0.").replace(" 4.31 s", " 3.31 s")
+    assert by_hand != README and figures.filled(by_hand, RESULTS) == README
+
+
+def test_every_figure_is_in_a_place_that_is_written(figures: Any) -> None:
+    section = README[README.index("## How fast") : README.index("## What is in it")]
+    rest = figures.PLACE.sub("", section)
+    assert len(figures.PLACE.findall(section)) == 3
+    assert not re.findall(r"\d(?:\.\d+)? ?(?:s|ms|µs|GB|MB|×)\b", rest)
+
+
+def test_figures_follow_the_results(figures: Any, tmp_path: Path) -> None:
+    shutil.copytree(RESULTS, tmp_path / "results")
+    path = tmp_path / "results" / "ops-cpu" / "result.json"
+    result = Result.load(path)
+    slower = [
+        dataclasses.replace(row, seconds=[1234.0], peak_bytes=5_670_000)
+        if row.key[0] == "linear_ppo_loss" and row.provider == "fastppo"
+        else row
+        for row in result.rows
+    ]
+    dataclasses.replace(result, rows=tuple(slower), command="fastppo bench --seed 3").save(path)
+    made = figures.filled(README, tmp_path / "results").splitlines()
+    (line,) = (line for line in made if "**1234 s, 5.67 MB**" in line)
+    assert line.startswith("| `linear_ppo_loss` ") and "(0.0×)" in line
+    assert "fastppo bench --seed 3" in made
+
+
+def test_iterations_beside_trl_are_in_the_readme_once_kept(figures: Any, tmp_path: Path) -> None:
+    def rows(form: str, seconds: float, memory: int) -> list[Row]:
+        common = {"size": "smollm2 864 tokens", "provider": form, "status": "ok"}
+        parts = {"iteration": 1.0, "rollout": 0.25, "evaluation": 0.25, "update": 0.5}
+        return [
+            Row(
+                case=f"ppo {name}",
+                seconds=(seconds * share,) * 2,
+                peak_bytes=memory if name == "iteration" else None,
+                **common,
+            )
+            for name, share in parts.items()
+        ]
+
+    (tmp_path / "end-to-end").mkdir()
+    Result(
+        commit="0123456789",
+        dirty=False,
+        date="2026-01-02T00:00:00+00:00",
+        command="bench/end_to_end/compare.py --peer-python /home/me/trl/bin/python --rounds 2",
+        machine={"device": "cpu", "cpu": "one", "threads": 2, "isa": "AVX512"},
+        versions={"torch": "2.13.0"},
+        ceilings=Ceilings(copy_gb_s=1.0, bf16_tflops=1.0, fp32_tflops=1.0),
+        rows=(
+            *rows("TRL 1.12.0, bf16", 16.0, 8 * 10**9),
+            *rows("fastppo, bf16, shared trunk", 4.0, 4 * 10**9),
+            *rows("TRL 1.12.0, fp32", 24.0, 9 * 10**9),
+            *rows("fastppo, fp32", 16.0, 7 * 10**9),
+        ),
+    ).save(tmp_path / "end-to-end" / "end-to-end.json")
+    made = figures.filled("<!-- figures: end-to-end -->\n<!-- end -->\n", tmp_path)
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in made.splitlines()
+        if line.startswith("|")
+    }
+    times = ["1.00 s", "1.00 s", "2.00 s", "4.00 s"]
+    assert cells["fastppo, bf16, shared trunk"] == [*times, "4.00", "4.00 GB"]
+    assert cells["fastppo, fp32"][-2:] == ["1.50", "7.00 GB"]
+    assert "```sh\nbench/end_to_end/compare.py --rounds 2\n```" in made
+    assert "one, 2 threads, AVX512; torch 2.13.0; 2026-01-02, commit 0123456" in made
+    assert figures.filled(made, tmp_path) == made
+    assert figures.filled(made, tmp_path / "none") == "<!-- figures: end-to-end -->\n<!-- end -->\n"
 
 
 @pytest.mark.slow
