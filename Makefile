@@ -72,8 +72,15 @@ bench: $(PEERS)
 
 $(PEERS): $(STAMP)
 	$(PIP_INSTALL) scipy
-	$(PIP_INSTALL) --no-deps trl liger-kernel
+	$(PIP_INSTALL) --no-deps trl liger-kernel verl
 	@touch $@
+
+# What bench/gpu.sh --wheels takes to a GPU machine; GPU_PYTHON=3.12 where its Python is another one
+.PHONY: wheels
+wheels: setup
+	rm -rf wheels
+	$(PIP) download -q --no-deps --only-binary=:all: $(if $(GPU_PYTHON),--python-version $(GPU_PYTHON)) \
+		-c constraints.txt -d wheels -r bench/gpu-wheels.txt
 
 # PPO iterations against TRL's PPOTrainer; and reward curves of both
 .PHONY: bench-trl bench-trl-curves
@@ -96,4 +103,4 @@ wheel: setup
 	$(PIP) wheel --no-deps -w dist -C cmake.define.FASTPPO_WERROR=ON .
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(TRL_VENV) build dist wheels .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

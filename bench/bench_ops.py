@@ -18,7 +18,7 @@ import torch
 from fastppo.benchmarks.check import Judge
 from fastppo.benchmarks.clock import Timer, steady_allocator
 from fastppo.benchmarks.machine import find_versions
-from fastppo.benchmarks.registry import Case, Inputs, Size, select_cases
+from fastppo.benchmarks.registry import Case, Inputs, Size
 from fastppo.benchmarks.results import Row
 from fastppo.benchmarks.run import IMPOSSIBLE, Roof, copy_of_as_many_bytes
 from fastppo.device import describe, resolve_device
@@ -30,10 +30,9 @@ SECONDS, MIN_ROUNDS, MAX_ROUNDS = 1.0, 3, 50
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     sizes = option("--sizes") or ("gpu" if torch.cuda.is_available() else "cpu")
-    names = [name for name in option("--cases").split(",") if name]
     found = [
         pytest.param(case, size, name, id=f"{case.name}-{size.text}-{name}")
-        for case in select_cases(names)
+        for case in option("--cases")
         for size in case.sizes.get(sizes, ())
         for name in case.providers
     ]

@@ -6,7 +6,19 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: less spinning on a busy machine
 
+import argparse
+
 import pytest
+
+from fastppo.benchmarks.registry import Case, select_cases
+
+
+def chosen(names: str) -> list[Case]:
+    """Cases from names separated by commas."""
+    try:
+        return select_cases([name for name in names.split(",") if name])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,4 +28,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("smoke", "cpu", "gpu"),
         help="of bench_ops.py; gpu on a machine with CUDA, else cpu",
     )
-    group.addoption("--cases", default="", help="names, separated by commas; all of them")
+    group.addoption(
+        "--cases", type=chosen, default="", help="names, separated by commas; all of them"
+    )
