@@ -8,9 +8,11 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 
+from fastppo.benchmarks.cases.scaling_update import inputs, transformers_step
 from fastppo.benchmarks.plots import growth_figure, save_plots
-from fastppo.benchmarks.registry import select_cases
+from fastppo.benchmarks.registry import Size, in_float64, select_cases
 from fastppo.benchmarks.results import Result, Row
 from fastppo.benchmarks.run import COPY
 from fastppo.benchmarks.scaling import growing_letter, series, slope, slope_text
@@ -131,3 +133,12 @@ def test_growth_covers_what_is_promised() -> None:
     for case in cases.values():
         assert all(p.torch_memory for p in case.providers.values()) and len(case.providers) > 1
         assert all(len(case.sizes[name]) >= 3 for name in ("cpu", "gpu"))
+
+
+@pytest.mark.parametrize("tokens", [16, 48, 1000])
+def test_the_reference_in_parts_is_the_whole(tokens: int) -> None:
+    size = Size(T=160, S=16, R=50, H=96, L=1, V=64)
+    x = in_float64(inputs(size, torch.device("cpu"), 3))
+    whole = transformers_step(x, size)()
+    for name, out in transformers_step(x, size, tokens)().items():
+        torch.testing.assert_close(out, whole[name], rtol=1e-10, atol=1e-13)

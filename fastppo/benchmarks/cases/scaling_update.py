@@ -22,11 +22,13 @@ from fastppo.packing import PackedBatch
 from fastppo.step import PPOStep
 
 CLIP, VF_COEF = 0.2, 0.5
+REFERENCE_TOKENS = 4096
+"""Of one pass in float64, which has no fused attention on a GPU and keeps a lot."""
 WATCHED = ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
 """Parameters whose gradients are compared: the last, the first and one in between."""
 
 
-def make_model(size: Size) -> Any:
+def make_model(size: Size, device: torch.device) -> Any:
     """H hidden units in heads of 64, or three smaller ones, with a third as many for keys and
     values; L layers; V tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -43,7 +45,7 @@ def make_model(size: Size) -> Any:
         max_position_embeddings=65_536,
         tie_word_embeddings=False,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), device:  # on a GPU at once: random weights take a CPU seconds
         torch.manual_seed(0)
         return LlamaForCausalLM(config)
 
@@ -80,7 +82,7 @@ def fastppo(x: Inputs, size: Size) -> Call:
         clip_vloss=CLIP,
         vf_coef=VF_COEF,
     )
-    step = PPOStep(make_model(size), config)
+    step = PPOStep(make_model(size, device), config)
     step.policy.value_head.weight.data.copy_(x["value_weight"])
     ids = x["ids"].cpu().to(torch.int32)
     batch = PackedBatch.pack(list(ids[:, :-n]), list(ids[:, -n:]), device=device)
@@ -107,35 +109,50 @@ def fastppo(x: Inputs, size: Size) -> Call:
     return call
 
 
-def transformers_step(x: Inputs, size: Size) -> Call:
-    """The same in one pass of transformers, with the head on the response's columns."""
-    ids, n = x["ids"], response_length(size)
-    device, dtype = ids.device, x["advantages"].dtype
-    model = make_model(size).to(device, dtype)
+def transformers_step(x: Inputs, size: Size, tokens: int | None = None) -> Call:
+    """The same in transformers, with the head on the response's columns.
+
+    Args:
+        tokens: of one pass, a sequence at least; None: all.
+    """
+    device, dtype = x["ids"].device, x["advantages"].dtype
+    model = make_model(size, device).to(dtype)
     head = x["value_weight"].to(dtype).clone().requires_grad_()
-    old = old_logprobs(x, size)
+    rows = {name: x[name] for name in ("ids", "advantages", "returns", "values")}
+    rows["old"] = old_logprobs(x, size)
+    num_sequences = len(rows["ids"])
+    per_pass = max(1, (tokens or size["T"]) // size["S"])
     half = size.dtype == torch.bfloat16 and dtype == torch.float32
     parameters = dict(model.named_parameters())
 
-    def call() -> Outputs:
-        model.zero_grad(set_to_none=True)
-        head.grad = None
+    def losses(part: Inputs) -> Tensor:
+        """Of policy and value, means over the part (2,)."""
+        ids, n = part["ids"], part["returns"].shape[1]
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             hidden = hidden[:, -n - 1 : -1]
             logits = model.lm_head(hidden)
         logprobs = torch.log_softmax(logits.to(dtype), dim=-1)
-        lp = logprobs.gather(2, ids[:, -n:, None])[..., 0]
-        ratio, a = (lp - old).exp(), x["advantages"]
+        ratio = (logprobs.gather(2, ids[:, -n:, None])[..., 0] - part["old"]).exp()
+        a, old, target = part["advantages"], part["values"], part["returns"]
         policy = torch.maximum(-a * ratio, -a * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
         values = (hidden.to(dtype) @ head.T)[..., 0]
-        clipped = x["values"] + (values - x["values"]).clamp(-CLIP, CLIP)
-        target = x["returns"]
+        clipped = old + (values - old).clamp(-CLIP, CLIP)
         value = 0.5 * torch.maximum((values - target) ** 2, (clipped - target) ** 2).mean()
-        (policy + VF_COEF * value).backward()
+        return torch.stack([policy, value])
+
+    def call() -> Outputs:
+        model.zero_grad(set_to_none=True)
+        head.grad = None
+        total = torch.zeros(2, dtype=dtype, device=device)
+        for start in range(0, num_sequences, per_pass):
+            part = {name: t[start : start + per_pass] for name, t in rows.items()}
+            found = losses(part) * (len(part["ids"]) / num_sequences)
+            (found[0] + VF_COEF * found[1]).backward()
+            total += found.detach()
         return {
-            "policy loss": policy.detach(),
-            "value loss": value.detach(),
+            "policy loss": total[0],
+            "value loss": total[1],
             "value_head.weight": head.grad,
             **{name: parameters[name].grad for name in WATCHED},
         }
@@ -180,7 +197,7 @@ def scaling_case(
             "gpu": [Size(torch.bfloat16, **point, **SMOLLM2) for point in gpu],
         },
         inputs=inputs,
-        reference=lambda x, size: transformers_step(x, size)(),
+        reference=lambda x, size: transformers_step(x, size, REFERENCE_TOKENS)(),
         providers={
             "fastppo": Provider(prepare=fastppo),
             "transformers": Provider(prepare=transformers_step, note="in one pass"),
