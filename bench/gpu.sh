@@ -77,6 +77,14 @@ if [ -n "$wheels" ]; then
   stage wheels 10 "${pip[@]}" "$wheels"/*.whl
 fi
 stage build 75 "${pip[@]}" --no-build-isolation "$root"
+if ! "$python" -c "
+import sys, fastppo
+got, site = fastppo.__file__, sys.argv[1]
+sys.exit(0 if got.startswith(site) else f'gpu.sh: expected the fastppo just built, got {got}')
+" "$site"; then
+  echo "the build's log is in $out/results.tar.gz" >&2
+  exit 1
+fi
 tests=(-m gpu tests)
 [ "$device" = cpu ] && tests=(-m "not gpu and not slow" tests/ops/test_gae.py tests/benchmarks)
 stage tests 105 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
