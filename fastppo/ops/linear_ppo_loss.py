@@ -156,6 +156,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.grads = wanted(gradients, inputs[-3:])
     ctx.num_inputs = len(inputs)
     ctx.mark_non_differentiable(metrics, *gradients)
+    ctx.set_materialize_grads(False)  # else zeros are made for each output, of the weight's size
 
 
 def _run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
