@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fastppo.packing import PackedBatch
+    from fastppo.rollout.kv_cache import KVCache
 
 NAME = "fastppo"
 """Name under which the attention function is registered with transformers."""
@@ -153,18 +154,21 @@ def packed_attention(
     cu_seqlens_host: np.ndarray | None = None,
     max_seqlen: int | None = None,
     attention_kernel: Kernel = "segments",
+    kv_cache: KVCache | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each packed sequence to itself, in the form transformers calls.
 
     Args:
-        module: the calling attention layer (not read).
+        module: the calling attention layer; its `layer_idx` is read where there is a cache.
         query: (1, Hq, T, D); key, value: (1, Hkv, T, D).
         attention_mask: must be None; the boundaries say everything.
         scaling: factor on q k^T; None is D^-0.5.
         dropout, sliding_window, softcap, s_aux: must be off.
         cu_seqlens: (B+1,) int32 on the query's device; cu_seqlens_host: the same numbers on the
             host; max_seqlen: the longest sequence; attention_kernel: see `select_kernel`.
+        kv_cache: keeps keys and values; once it is decoding, each of the T tokens attends to the
+            sequence it continues, and boundaries are not needed.
 
     Returns:
         (1, T, Hq, D) in the value's dtype, and None for the weights.
@@ -172,6 +176,12 @@ def packed_attention(
     Raises:
         ValueError: boundaries missing, or something asked for that is not computed here.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if kv_cache is not None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        kv_cache.write(layer, key, value)
+        if kv_cache.decoding:
+            return kv_cache.attend(layer, query, scale), None
     if cu_seqlens is None or cu_seqlens_host is None or max_seqlen is None:
         raise ValueError(
             "cu_seqlens: expected the sequence boundaries of a packed batch, got none. This model "
@@ -193,7 +203,6 @@ def packed_attention(
             f"query, key: expected (1, heads, T, D) with T = cu_seqlens[-1] = {tokens}, got "
             f"{tuple(query.shape)} and {tuple(key.shape)}; a packed forward has no cache"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_kernel == "segments":
         return _segments(query, key, value, cu_seqlens_host, scale), None
     low = torch.is_autocast_enabled("cuda")  # which does not reach these kernels by itself

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from fastppo import preparation as prep
 from fastppo.attention import Kernel, attention_kwargs, check_supported, select_kernel
@@ -132,6 +133,32 @@ class Policy(nn.Module):
         """Final hidden states (T, H), after the final norm, of every token of a packed batch."""
         with self.autocast():
             return self._hidden(self.model, batch)
+
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Inside, `next_logits` may be called: no gradients, nothing recomputed, one autocast."""
+        training = self.model.training
+        self.model.eval()  # gradient checkpointing would pack and unpack every layer's arguments
+        try:
+            with torch.no_grad(), self.autocast():
+                yield
+        finally:
+            self.model.train(training)
+
+    def next_logits(self, input_ids: Tensor, last: Tensor | None, **attention: Any) -> Tensor:
+        """Logits (S, V) fp32 of the token after each of S sequences.
+
+        Args:
+            input_ids: (T,) tokens, packed.
+            last: (S,) the last one of each sequence; None: there is only one of each.
+            attention: `kv_cache`, whose positions the tokens have, and the boundaries of packed
+                sequences; see `packed_attention`.
+        """
+        hidden = self._forward(self.model, input_ids, attention["kv_cache"].positions, attention)
+        if last is not None:
+            hidden = hidden.index_select(0, last)
+        weight, bias = self.head
+        return F.linear(hidden, weight, bias).float()
 
     @property
     def head(self) -> Head:
@@ -281,15 +308,21 @@ class Policy(nn.Module):
         return [m for m in (self.model, self.reference, self.critic) if m is not None]
 
     def _hidden(self, model: Any, batch: PackedBatch) -> Tensor:
+        boundaries = attention_kwargs(batch, self._kernel(model))
+        return self._forward(model, batch.input_ids, batch.position_ids, boundaries)
+
+    def _forward(
+        self, model: Any, input_ids: Tensor, position_ids: Tensor, attention: dict[str, Any]
+    ) -> Tensor:
         trunk = prep.trunk_of(model)
         # embeddings, not ids: given ids without a mask, transformers reads them back from the
         # device to look for padding
         out = trunk(
-            inputs_embeds=trunk.get_input_embeddings()(batch.input_ids[None]),
-            position_ids=batch.position_ids[None],
+            inputs_embeds=trunk.get_input_embeddings()(input_ids[None]),
+            position_ids=position_ids[None],
             attention_mask=None,
             use_cache=False,
-            **attention_kwargs(batch, self._kernel(model)),
+            **attention,
         )
         hidden: Tensor = out[0][0]
         return hidden

@@ -19,12 +19,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from workload import Counter, Worker, Workload, force_lengths
+from workload import Counter, Worker, Workload, force_end
 
 from fastppo import PackedBatch, PPOConfig, PPOTrainer, __version__, interrupts, ops
 from fastppo.metrics import PhaseTimer
 from fastppo.models import load_model, load_tokenizer
+from fastppo.policy import Policy
 from fastppo.rewards import RewardModel, load_reward_func
+from fastppo.rollout.sampler import Sampler
 from fastppo.state import Iteration
 
 PHASES = {"rollout": ("rollout",), "evaluation": ("reward", "pack", "evaluate", "advantages")}
@@ -89,7 +91,7 @@ def make_trainer(folder: Path, work: Workload, critic: str) -> tuple[PPOTrainer,
 
 def count_heads(counter: Counter) -> None:
     """Count the rows that reach the output head, which here is not a module but an operand."""
-    scored, lost = ops.linear_logprobs, ops.linear_ppo_loss
+    scored, lost, sampled = ops.linear_logprobs, ops.linear_ppo_loss, Policy.next_logits
 
     def linear_logprobs(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         counter.add("heads", len(hidden))
@@ -99,7 +101,23 @@ def count_heads(counter: Counter) -> None:
         counter.add("heads", len(hidden))
         return lost(hidden, *args, **kwargs)
 
+    def next_logits(self: Policy, *args: Any, **kwargs: Any) -> Tensor:
+        logits = sampled(self, *args, **kwargs)
+        counter.add("policy head", len(logits))
+        return logits
+
     ops.linear_logprobs, ops.linear_ppo_loss = linear_logprobs, linear_ppo_loss
+    Policy.next_logits = next_logits
+
+
+def force_lengths(work: Workload) -> None:
+    """Have the sampler draw responses of the workload's lengths."""
+    draw = Sampler.__call__
+
+    def forced(self: Sampler, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        return draw(self, force_end(work, logits, rows, step), rows, step)
+
+    Sampler.__call__ = forced
 
 
 def iterate(folder: Path, work: Workload, critic: str) -> None:
@@ -107,8 +125,9 @@ def iterate(folder: Path, work: Workload, critic: str) -> None:
     worker, counter = Worker(), Counter()
     trainer, reward = make_trainer(folder, work, critic)
     policy = trainer.policy
-    force_lengths(policy.model, work)
-    counter.watch("policy", policy.model.base_model, policy.model.lm_head)
+    if work.stop == "forced":
+        force_lengths(work)
+    counter.watch("policy", policy.model.base_model)
     counter.watch("reference", policy.reference.base_model)
     if policy.critic is not None:
         counter.watch("critic", policy.critic.base_model)

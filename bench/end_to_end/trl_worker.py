@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from text_reward import TextReward
-from workload import Counter, Worker, Workload, force_lengths, synchronize
+from torch import Tensor
+from workload import Counter, Worker, Workload, force_end, synchronize
 
 KEPT = ("queries", "responses", "scores", "logprobs", "ref_logprobs", "values", "rewards")
 KEPT += ("advantages", "returns", "pg_loss_stats", "vf_loss_stats", "padding_mask")
@@ -104,6 +105,25 @@ def make_trainer(folder: Path, work: Workload, callback: Any) -> Any:
         eval_dataset=data,
         callbacks=[callback],
     )
+
+
+def force_lengths(model: Any, work: Workload) -> None:
+    """Have `model.generate` sample responses of the workload's lengths."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    generate = model.generate
+
+    def forced(*, input_ids: Tensor, **options: Any) -> Any:
+        rows, context = torch.arange(len(input_ids), device=input_ids.device), input_ids.shape[1]
+
+        class ForcedLengths(LogitsProcessor):
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                return force_end(work, scores, rows, input_ids.shape[1] - context)
+
+        processors = LogitsProcessorList([ForcedLengths()])
+        return generate(input_ids=input_ids, logits_processor=processors, **options)
+
+    model.generate = forced
 
 
 class Phases:
@@ -198,7 +218,8 @@ def main(folder: Path, tensors: Path | None) -> None:
 
     trainer = make_trainer(folder, work, Stepper())
     policy, value = trainer.policy_model, trainer.value_model
-    force_lengths(policy, work)
+    if work.stop == "forced":
+        force_lengths(policy, work)
     counter.watch("policy", policy.model, policy.lm_head)
     counter.watch("reference", trainer.ref_model.model, trainer.ref_model.lm_head)
     counter.watch("critic", value.model)

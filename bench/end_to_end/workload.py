@@ -2,7 +2,7 @@
 
 A `Workload` is a folder: `policy/`, `reward/`, `tokenizer/`, and workload.json with prompts,
 response lengths and hyperparameters. Both sides read all of it from there. Where lengths are
-forced, the sampler's scores pass through `ForcedLengths`, so that a response ends where the
+forced, the sampler's scores pass through `force_end`, so that a response ends where the
 workload says and both sides have as many prompt and response tokens in every iteration.
 
 B sequences, L columns of the padded rectangle, V vocabulary.
@@ -22,7 +22,6 @@ from typing import Any, Literal, TextIO
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,41 +91,23 @@ class Workload:
         return cls(**json.loads((folder / "workload.json").read_text()))
 
 
-class ForcedLengths(LogitsProcessor):
-    """Lets row i end at its length and nowhere else; padding is never sampled.
+def force_end(work: Workload, scores: Tensor, rows: Tensor, step: int) -> Tensor:
+    """Let a row end at its length and nowhere else; padding is never sampled.
 
     Args:
-        work: the workload, whose rows the sampled batch has in this order.
-        context: columns of the padded prompts.
+        scores: (S, V) of the next token.
+        rows: (S,) int64, which of the workload's rows these are.
+        step: tokens that they have sampled so far.
+
+    Returns:
+        Scores with the end token forced or ruled out.
     """
-
-    def __init__(self, work: Workload, context: int) -> None:
-        self.work, self.context = work, context
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) of the next token → scores with the end token forced or ruled out."""
-        work, step = self.work, input_ids.shape[1] - self.context + 1
-        lengths = torch.tensor(work.response_lengths, device=scores.device)
-        ends = (lengths <= step) & (lengths < work.max_response_length)
-        scores = scores.masked_fill(ends[:, None], -torch.inf)
-        scores[:, work.pad_token_id] = -torch.inf
-        scores[:, work.eos_token_id] = torch.where(ends, 0.0, -torch.inf)
-        return scores
-
-
-def force_lengths(model: Any, work: Workload) -> None:
-    """Have `model.generate` sample responses of the workload's lengths."""
-    if work.stop != "forced":
-        return
-    generate = model.generate
-
-    def forced(*, input_ids: Tensor, logits_processor: Any = (), **options: Any) -> Any:
-        processors = [ForcedLengths(work, input_ids.shape[1]), *logits_processor]
-        return generate(
-            input_ids=input_ids, logits_processor=LogitsProcessorList(processors), **options
-        )
-
-    model.generate = forced
+    lengths = torch.tensor(work.response_lengths, device=scores.device)[rows]
+    ends = (lengths <= step + 1) & (lengths < work.max_response_length)
+    scores = scores.masked_fill(ends[:, None], -torch.inf)
+    scores[:, work.pad_token_id] = -torch.inf
+    scores[:, work.eos_token_id] = torch.where(ends, 0.0, -torch.inf)
+    return scores
 
 
 class Counter:

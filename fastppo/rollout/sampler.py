@@ -2,11 +2,11 @@
 
     token = first v with  sum_{w <= v} p(w)  >=  u,      u in (0, 1]
 
-`generate` of transformers draws by torch.multinomial from one stream of numbers, so that leaving
-out or moving a row changes all that come after it. Here a row's uniforms are given, and what is
-sampled does not depend on how a batch is split into passes.
+torch.multinomial draws from one stream of numbers, so that leaving out or moving a row changes all
+that come after it. Here a row's uniforms are given, and what is sampled does not depend on how a
+batch is split into passes, or on which rows are left.
 
-B rows, V vocabulary.
+B rows of a call, S of them still written, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from fastppo import interrupts
 from fastppo.rollout import Sampling
 
 
@@ -57,8 +55,8 @@ def draw(logits: Tensor, peak: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(sums, reach)
 
 
-class Sampler(LogitsProcessor):
-    """Makes the sampling distribution, draws from it, and has greedy decoding take what was drawn.
+class Sampler:
+    """Makes the sampling distribution and draws from it.
 
     Args:
         sampling: how to draw.
@@ -76,34 +74,28 @@ class Sampler(LogitsProcessor):
                 self.warpers.append(TopPLogitsWarper(sampling.top_p))
             if sampling.min_p > 0.0:
                 self.warpers.append(MinPLogitsWarper(sampling.min_p))
-        self.gathered: list[Tensor] = []  # (B,) fp32 of each step so far
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) fp32 of the next token → scores whose argmax is the token drawn.
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """One token for each of S rows.
 
-        The array given is overwritten. In a row with NaN or +inf the argmax is some token of the
-        vocabulary and the log-probability gathered is NaN.
+        Args:
+            logits: (S, V) fp32 of the next token; overwritten.
+            rows: (S,) int64, whose uniforms they draw from.
+            step: how many tokens they have drawn before.
 
-        Raises:
-            Interrupted: a signal has come.
+        Returns:
+            Tokens (S,) int64 and their log-probabilities (S,) fp32, in nats. In a row with NaN or
+            +inf the token is some one of the vocabulary and its log-probability NaN.
         """
-        interrupts.check()
         if self.temperature > 0:
-            scores = scores.div_(self.temperature)
+            logits = logits.div_(self.temperature)
         for warper in self.warpers:
-            scores = warper(input_ids, scores)
-        peak = scores.amax(1, keepdim=True)  # NaN if there is one in the row
-        norm = scores.logsumexp(1, keepdim=True)
-        picked = peak
+            logits = warper(None, logits)
+        peak = logits.amax(1, keepdim=True)  # NaN if there is one in the row
+        norm = logits.logsumexp(1, keepdim=True)
         if self.temperature > 0:
-            step = len(self.gathered)
-            tokens = draw(scores, peak, self.uniforms[:, step : step + 1])
-            picked = scores.gather(1, tokens)
-            scores.scatter_(1, tokens, torch.inf)
-        logprobs = (picked - norm).clamp_(max=0.0)
-        self.gathered.append(torch.where(peak.isfinite(), logprobs, torch.nan).squeeze(1))
-        return scores
-
-    def logprobs(self, steps: int) -> Tensor:
-        """Log-probabilities (B, steps) fp32 of the tokens drawn, in nats."""
-        return torch.stack(self.gathered[:steps], 1)
+            tokens = draw(logits, peak, self.uniforms[rows, step, None])
+        else:
+            tokens = logits.argmax(1, keepdim=True)
+        logprobs = (logits.gather(1, tokens) - norm).clamp_(max=0.0)
+        return tokens[:, 0], torch.where(peak.isfinite(), logprobs, torch.nan)[:, 0]

@@ -1,32 +1,31 @@
-"""Rollouts by transformers' own `generate`, with a KV cache, from the policy's own weights.
+"""Rollouts by the policy's own modules: packed prompts, a KV cache, rows that leave at their end.
 
-Prompts are padded on the left, with explicit mask and positions. The sampling distribution is made
-here and not by the model's generation_config: a checkpoint that ships top_k = 50 or a repetition
-penalty would otherwise sample from another distribution than the one that is trained.
+The prompts go through the model once, packed as in training. Then every sequence that has not ended
+gets one token a step; those that have are dropped, so no step computes for them. Nothing is padded,
+and attention is the packed one throughout (attention.py, kv_cache.py).
 
 Tokens are drawn by `Sampler`, from uniforms that belong to the row and are made once per call, so
-that a batch may be split into passes that fit into memory. Log-probabilities are gathered step by
-step from the logits that a token was drawn from, so that only one (B, V) array is alive; keeping
-the scores of all steps would take B x steps x V x 4 bytes.
+that a batch may be split into passes that fit into memory. Nothing is read from a checkpoint's
+generation_config: a top_k = 50 or a repetition penalty shipped there would sample from another
+distribution than the one that is trained. Log-probabilities are gathered step by step from the
+logits that a token was drawn from, so that only one (S, V) array is alive.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
 
+from fastppo import interrupts
 from fastppo.device import free_memory, is_out_of_memory
 from fastppo.policy import Policy
 from fastppo.rollout import Rollouts, Sampling
+from fastppo.rollout.kv_cache import KVCache
 from fastppo.rollout.sampler import Sampler, uniforms
-
-_new_config: Any = GenerationConfig  # transformers leaves its constructor untyped
 
 
 class TransformersEngine:
@@ -83,26 +82,53 @@ class TransformersEngine:
 
     def _pass(self, prompts: Sequence[np.ndarray], drawn: Tensor, sampling: Sampling) -> Rollouts:
         """Responses to some prompts from their uniforms `drawn` (rows, max_new_tokens)."""
-        device = self.policy.device
-        ids, mask = _left_padded(prompts, sampling.pad_token_id)
-        input_ids, attention_mask = torch.from_numpy(ids), torch.from_numpy(mask)
-        sampler = Sampler(sampling, drawn)
-        with (
-            torch.no_grad(),
-            self.policy.unpacked() as model,
-            _own_generation_config(model),
-            self.policy.autocast(),
-        ):
-            sequences = model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(device),
-                generation_config=_generation_config(sampling),
-                logits_processor=LogitsProcessorList([sampler]),
-            )
-        tokens = sequences[:, ids.shape[1] :]  # (rows, steps)
-        logprobs = sampler.logprobs(tokens.shape[1]).cpu().numpy()  # (rows, steps)
-        return _cut(tokens.cpu().numpy().astype(np.int32), logprobs, sampling)
+        device, sampler = self.policy.device, Sampler(sampling, drawn)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        cache = KVCache(lengths, device)
+        ends = torch.from_numpy(lengths.cumsum() - 1).to(device)
+        written = np.zeros((len(prompts), sampling.max_new_tokens), np.int32)
+        logprobs = torch.zeros(written.shape, device=device)
+        counts, finished = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), bool)
+        alive = np.arange(len(prompts))  # in the order of the cache
+        rows = torch.from_numpy(alive).to(device)
+        with self.policy.decoding():
+            tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(device)
+            attention = self._boundaries(lengths)
+            logits = self.policy.next_logits(tokens, ends, kv_cache=cache, **attention)
+            for step in range(sampling.max_new_tokens):
+                interrupts.check()
+                if step:
+                    cache.step()
+                    logits = self.policy.next_logits(tokens, None, kv_cache=cache)
+                tokens, logprobs[rows, step] = sampler(logits, rows, step)
+                written[alive, step] = tokens.cpu().numpy()
+                counts[alive] += 1
+                ended = np.isin(written[alive, step], sampling.eos_token_ids)
+                if not ended.any():
+                    continue
+                finished[alive[ended]] = True
+                if ended.all():
+                    break
+                order = cache.drop(ended)
+                alive = alive[order]
+                rows, tokens = (x[torch.from_numpy(order).to(device)] for x in (rows, tokens))
+        found = logprobs.cpu().numpy()
+        return Rollouts(
+            responses=[row[:n].copy() for row, n in zip(written, counts, strict=True)],
+            logprobs=[row[:n].copy() for row, n in zip(found, counts, strict=True)],
+            finished=finished,
+            truncated=np.logical_not(finished),
+        )
+
+    def _boundaries(self, lengths: np.ndarray) -> dict[str, Any]:
+        """What packed attention has to know of prompts back to back."""
+        host = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+        return {
+            "cu_seqlens": torch.from_numpy(host).to(self.policy.device),
+            "cu_seqlens_host": host,
+            "max_seqlen": int(lengths.max()),
+            "attention_kernel": self.policy.attention_kernel,
+        }
 
     def _check_positions(self, longest: int, new: int) -> None:
         limit = getattr(self.policy.model.config, "max_position_embeddings", None)
@@ -114,61 +140,12 @@ class TransformersEngine:
             )
 
 
-def _generation_config(sampling: Sampling) -> GenerationConfig:
-    """Greedy, with everything off that would change the scores; the sampler has drawn already."""
-    config: GenerationConfig = _new_config(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=list(sampling.eos_token_ids) or None,
-        pad_token_id=sampling.pad_token_id,
-    )
-    return config
-
-
-@contextlib.contextmanager
-def _own_generation_config(model: Any) -> Iterator[None]:
-    """Hide the model's generation_config, from which `generate` fills in what is unset."""
-    own = model.generation_config
-    model.generation_config = _new_config()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 def _check_prompts(prompts: Sequence[np.ndarray]) -> None:
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one, got none")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts: expected token ids, got an empty prompts[{i}]")
-
-
-def _left_padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask, both (rows, longest) int64, with the padding on the left."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = np.full((len(prompts), longest), pad, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = prompt
-        mask[i, longest - len(prompt) :] = 1
-    return ids, mask
-
-
-def _cut(tokens: np.ndarray, logprobs: np.ndarray, sampling: Sampling) -> Rollouts:
-    """Cut each row after its first end-of-sequence token; what follows it is filler."""
-    is_eos = np.isin(tokens, sampling.eos_token_ids)  # (B, steps)
-    finished = np.asarray(is_eos.any(1))
-    lengths = np.where(finished, is_eos.argmax(1) + 1, tokens.shape[1])
-    assert finished.all() or tokens.shape[1] == sampling.max_new_tokens
-    return Rollouts(
-        responses=[row[:n].copy() for row, n in zip(tokens, lengths, strict=True)],
-        logprobs=[row[:n].copy() for row, n in zip(logprobs, lengths, strict=True)],
-        finished=finished,
-        truncated=np.logical_not(finished),
-    )
 
 
 def _joined(parts: Sequence[Rollouts]) -> Rollouts:
