@@ -195,9 +195,7 @@ def phases(step: PPOStep, options: Options, batch: PackedBatch) -> dict[str, flo
             batch.cu_seqlens_host, batch.cu_seqlens_host[1:], batch.response_lengths, strict=False
         )
     ]
-    sampling = Sampling(
-        temperature=1.0, max_new_tokens=32, eos_token_ids=(2,), pad_token_id=2, seed=options.seed
-    )
+    sampling = Sampling(temperature=1.0, max_new_tokens=32, eos_token_ids=(2,), seed=options.seed)
     engine = TransformersEngine(step.policy)
     rewards = Rewards([lambda completions, **_: [float(len(c)) for c in completions]])
     texts = [" ".join(map(str, r)) for r in batch.unpack(batch.targets)]

@@ -167,8 +167,8 @@ def packed_attention(
         dropout, sliding_window, softcap, s_aux: must be off.
         cu_seqlens: (B+1,) int32 on the query's device; cu_seqlens_host: the same numbers on the
             host; max_seqlen: the longest sequence; attention_kernel: see `select_kernel`.
-        kv_cache: keeps keys and values; once it is decoding, each of the T tokens attends to the
-            sequence it continues, and boundaries are not needed.
+        kv_cache: keeps the keys and values; once it is decoding, each of the T tokens attends to
+            the sequence that it continues, and the boundaries are not read.
 
     Returns:
         (1, T, Hq, D) in the value's dtype, and None for the weights.
@@ -201,7 +201,7 @@ def packed_attention(
     if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
         raise ValueError(
             f"query, key: expected (1, heads, T, D) with T = cu_seqlens[-1] = {tokens}, got "
-            f"{tuple(query.shape)} and {tuple(key.shape)}; a packed forward has no cache"
+            f"{tuple(query.shape)} and {tuple(key.shape)}; packed attention has no past_key_values"
         )
     if attention_kernel == "segments":
         return _segments(query, key, value, cu_seqlens_host, scale), None

@@ -118,9 +118,7 @@ def step_checks(step: PPOStep, prompts: list[list[int]], eos: tuple[int, ...]) -
     if not finite.ok:
         return [finite]  # nothing can be sampled from them
     limit = TOLERANCE[step.precision]
-    sampling = Sampling(
-        temperature=1.0, max_new_tokens=16, eos_token_ids=eos, pad_token_id=eos[0], seed=0
-    )
+    sampling = Sampling(temperature=1.0, max_new_tokens=16, eos_token_ids=eos, seed=0)
     ids = [torch.tensor(p, dtype=torch.int32).numpy() for p in prompts]
     rollouts = TransformersEngine(step.policy).generate(ids, sampling)
     batch = PackedBatch.pack(

@@ -32,6 +32,7 @@ from fastppo.saving import load_critic, save_policy
 
 if TYPE_CHECKING:
     from fastppo.packing import PackedBatch
+    from fastppo.rollout.kv_cache import KVCache
 
 
 class Head(NamedTuple):
@@ -136,29 +137,28 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
-        """Inside, `next_logits` may be called: no gradients, nothing recomputed, one autocast."""
+        """What `next_logits` is called in: no gradients, nothing recomputed, one autocast, so that
+        trained weights are rounded to bf16 once and not for every token."""
         training = self.model.training
-        self.model.eval()  # gradient checkpointing would pack and unpack every layer's arguments
+        self.model.eval()  # gradient checkpointing is for training
         try:
             with torch.no_grad(), self.autocast():
                 yield
         finally:
             self.model.train(training)
 
-    def next_logits(self, input_ids: Tensor, last: Tensor | None, **attention: Any) -> Tensor:
-        """Logits (S, V) fp32 of the token after each of S sequences.
+    def next_logits(self, input_ids: Tensor, cache: KVCache, **boundaries: Any) -> Tensor:
+        """Logits (S, V) fp32 of the token after each of S sequences; call it in `decoding`.
 
         Args:
-            input_ids: (T,) tokens, packed.
-            last: (S,) the last one of each sequence; None: there is only one of each.
-            attention: `kv_cache`, whose positions the tokens have, and the boundaries of packed
-                sequences; see `packed_attention`.
+            input_ids: (T,) tokens: whole prompts back to back, or the next token of each sequence.
+            cache: of these sequences, in the pass that the tokens belong to.
+            boundaries: those of the prompts, as `packed_attention` takes them.
         """
-        hidden = self._forward(self.model, input_ids, attention["kv_cache"].positions, attention)
-        if last is not None:
-            hidden = hidden.index_select(0, last)
+        attention = {"kv_cache": cache, **boundaries}
+        hidden = self._forward(self.model, input_ids, cache.positions, attention)  # (T, H)
         weight, bias = self.head
-        return F.linear(hidden, weight, bias).float()
+        return F.linear(hidden.index_select(0, cache.last), weight, bias).float()
 
     @property
     def head(self) -> Head:
@@ -229,24 +229,19 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:
-        """The actor as an ordinary transformers model in eval mode, for generation.
+        """The actor as an ordinary transformers model in eval mode.
 
         Yields:
             The transformers model (a PEFT model's base with the adapters in it) in the attention
             implementation it came with. The policy must not be called inside.
         """
         model = prep.unwrap(self.model, "model")
-        output = model.get_output_embeddings()
-        training, weight = model.training, output.weight
+        training = model.training
         self._attention.set(packed=False)
         model.eval()
         try:
-            # a frozen head would be rounded to bf16 for every token generated
-            if (cast := self._head(self.model).weight) is not weight:
-                output.weight = nn.Parameter(cast, requires_grad=False)
             yield model
         finally:
-            output.weight = weight
             model.train(training)
             self._attention.set(packed=True)
 

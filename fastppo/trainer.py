@@ -334,7 +334,6 @@ class PPOTrainer:
             min_p=0.0 if greedy else args.min_p,
             max_new_tokens=args.max_response_length,
             eos_token_ids=self.eos_token_ids,
-            pad_token_id=self.eos_token_ids[0],
             seed=derive_seed(args.seed, iteration, purpose),
         )
 

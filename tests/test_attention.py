@@ -198,7 +198,7 @@ def test_what_is_not_computed_is_refused(name: str, value: Any) -> None:
 def test_a_filled_cache_is_refused() -> None:
     q, k, v, cu = operands(LENGTHS)
     longer = torch.cat([k, k[:, :, :3]], 2)
-    with pytest.raises(ValueError, match="a packed forward has no cache"):
+    with pytest.raises(ValueError, match="packed attention has no past_key_values"):
         packed_attention(
             torch.nn.Identity(),
             q,

@@ -78,7 +78,6 @@ def sampling(**options: Any) -> Sampling:
         "temperature": 0.8,
         "max_new_tokens": 10,
         "eos_token_ids": (EOS, 5, 9),
-        "pad_token_id": EOS,
         "seed": 7,
     }
     return Sampling(**(defaults | options))
@@ -133,9 +132,11 @@ def test_rollout_and_training_logprobs_agree(family: str, temperature: float) ->
     assert len({len(r) for r in rollouts.responses}) > 1  # some rows ran on after others ended
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("train_layers", [None, 1])
-def test_bf16_logprobs_agree_to_rounding(train_layers: int | None) -> None:
-    policy, prompts = make_policy(precision="bf16", train_layers=train_layers), make_prompts()
+def test_bf16_logprobs_agree_to_rounding(family: str, train_layers: int | None) -> None:
+    policy = make_policy(family, precision="bf16", train_layers=train_layers)
+    prompts = make_prompts()
     rollouts = generate(policy, prompts)
     trained = trained_logprobs(policy, prompts, rollouts, 0.8)
     assert np.abs(np.concatenate(rollouts.logprobs) - trained.numpy()).mean() < 0.05
@@ -221,20 +222,24 @@ def test_greedy_equals_transformers_greedy_without_padding(family: str) -> None:
 def test_end_at_the_first_token_when_it_is_also_the_padding() -> None:
     policy, prompts = make_policy(), make_prompts()
     first = int(generate(policy, prompts, temperature=0.0, eos_token_ids=()).responses[3][0])
-    rollouts = generate(
-        policy, prompts, temperature=0.0, eos_token_ids=(first,), pad_token_id=first
-    )
+    policy.model.config.pad_token_id = first
+    rollouts = generate(policy, prompts, temperature=0.0, eos_token_ids=(first,))
     assert rollouts.responses[3].tolist() == [first]
     assert rollouts.finished[3] and not rollouts.truncated[3]
     assert len(rollouts.logprobs[3]) == 1
 
 
 def test_padding_does_not_end_a_response_it_does_not_finish() -> None:
-    """A padding token that is no end-of-sequence token may be generated like any other."""
+    """The model's padding token may be in a prompt and be generated like any other."""
     policy, prompts = make_policy(), make_prompts()
     free = generate(policy, prompts, eos_token_ids=())
-    token = int(free.responses[0][2])
-    assert_same(free, generate(policy, prompts, eos_token_ids=(), pad_token_id=token))
+    policy.model.config.pad_token_id = int(free.responses[0][2])
+    prompts[4][2] = policy.model.config.pad_token_id
+    again = generate(policy, prompts, eos_token_ids=())
+    assert_same(again, generate(make_policy(), prompts, eos_token_ids=()))
+    assert again.responses[0].tolist() == free.responses[0].tolist()
+    trained = trained_logprobs(policy, prompts, again, 0.8)
+    np.testing.assert_allclose(np.concatenate(again.logprobs), trained, atol=1e-4, rtol=0)
 
 
 def test_no_end_is_truncated_at_the_limit() -> None:
@@ -293,15 +298,18 @@ def test_passes_of_fewer_rows_change_no_sample(
     family: str, temperature: float, max_rows: int
 ) -> None:
     policy, prompts = make_policy(family), make_prompts() * 2
-    seen: list[int] = []
     whole = generate(policy, prompts, temperature=temperature)
-    hook = policy.model.get_input_embeddings().register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].shape[0])
-    )
     engine = TransformersEngine(policy, max_rows)
+    seen: list[int] = []  # rows of each pass over prompts
+
+    def count(_: Any, __: Any, options: dict[str, Any]) -> None:
+        if not options["kv_cache"].decoding:
+            seen.append(len(options["kv_cache"].last))
+
+    hook = policy.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
     split = engine.generate(prompts, sampling(temperature=temperature))
     hook.remove()
-    assert set(seen) == {min(12, max_rows)} | ({2} if max_rows == 5 else set())
+    assert seen == [max_rows] * (12 // max_rows) + [12 % max_rows] * (12 % max_rows > 0)
     assert_same(whole, split)
     np.testing.assert_array_equal(whole.finished, split.finished)
     np.testing.assert_array_equal(whole.truncated, split.truncated)
@@ -357,23 +365,40 @@ def test_decoding_uses_the_cache_even_with_gradient_checkpointing() -> None:
     expected = generate(make_policy(), prompts, eos_token_ids=())
     widths = []
     layer = policy.model.model.layers[0]
-    hook = layer.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    hook = layer.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[:2]))
     assert_same(generate(policy, prompts, eos_token_ids=()), expected)
     hook.remove()
-    assert widths == [12] + [1] * 9
+    assert widths == [(1, sum(map(len, prompts)))] + [(1, len(prompts))] * 9
 
 
 def test_no_array_of_scores_is_kept() -> None:
     chosen = sampling(temperature=1.0)
     sampler = Sampler(chosen, uniforms(4, chosen))
     alive = []
-    for _ in range(5):
+    for step in range(5):
         scores = torch.zeros(4, VOCAB)
         alive.append(weakref.ref(scores))
-        sampler(torch.zeros(4, 1, dtype=torch.long), scores)
+        tokens, logprobs = sampler(scores, torch.arange(4), step)
+        assert tokens.shape == logprobs.shape == (4,)
+        assert {x.untyped_storage().nbytes() for x in (tokens, logprobs)} <= {32, 16}
         del scores
     assert [ref() for ref in alive] == [None] * 5
-    assert [tuple(x.shape) for x in sampler.gathered] == [(4,)] * 5
+
+
+def test_the_engine_keeps_one_array_of_logits_at_a_time() -> None:
+    policy = make_policy()
+    next_logits, alive = policy.next_logits, []
+
+    def watch(*args: Any, **kwargs: Any) -> Tensor:
+        assert all(ref() is None for ref in alive)
+        logits = next_logits(*args, **kwargs)
+        alive.append(weakref.ref(logits))
+        return logits
+
+    policy.next_logits = watch  # type: ignore[method-assign]
+    rollouts = generate(policy, make_prompts(), eos_token_ids=())
+    assert len(alive) == len(rollouts.responses[0]) == 10
+    assert all(ref() is None for ref in alive)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -421,7 +446,6 @@ def test_no_rows_at_all_are_refused() -> None:
         {"top_p": 1.5},
         {"top_k": -1},
         {"min_p": 1.0},
-        {"pad_token_id": -1},
         {"eos_token_ids": (-1,)},
         {"seed": 2**63},
     ],

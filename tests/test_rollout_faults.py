@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fastppo import interrupts
 from fastppo.packing import PackedBatch
 from fastppo.policy import Policy
-from fastppo.rollout import Rollouts, Sampling
+from fastppo.rollout import Rollouts, Sampling, kv_cache
+from fastppo.rollout.kv_cache import KVCache
 from fastppo.rollout.transformers import TransformersEngine
 
 VOCAB, STEPS = 53, 8
@@ -48,7 +49,7 @@ def make_prompts() -> list[np.ndarray]:
 
 
 def sampling(**options: Any) -> Sampling:
-    defaults: dict[str, Any] = {"max_new_tokens": STEPS, "eos_token_ids": (), "pad_token_id": 0}
+    defaults: dict[str, Any] = {"max_new_tokens": STEPS, "eos_token_ids": ()}
     return Sampling(**(defaults | {"seed": 7} | options))
 
 
@@ -63,23 +64,33 @@ def assert_same(a: Rollouts, b: Rollouts, rows: list[int] | None = None) -> None
 
 
 @contextlib.contextmanager
-def hooked(module: nn.Module, act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Inside, `act(step, output)` may change what `module` returns; the steps of a pass count up,
-    the first being the one over the prompts."""
-    step = 0
+def hooked(
+    policy: Policy,
+    act: Callable[[int, int, Tensor], Tensor | None],
+    module: nn.Module | None = None,
+) -> Iterator[None]:
+    """Inside, `act(step, rows, output)` may change what `module` returns, or else the logits; the
+    steps of a pass count up, the first being the one over the prompts."""
+    next_logits, step, rows = policy.next_logits, 0, 0
 
-    def hook(_: nn.Module, args: Any, output: Any) -> Any:
-        nonlocal step
-        step = 0 if isinstance(module, nn.Embedding) and args[0].shape[1] > 1 else step
-        changed = act(step, output)
-        step += 1
-        return changed
+    def counted(ids: Tensor, cache: KVCache, **boundaries: Any) -> Tensor:
+        nonlocal step, rows
+        step, rows = step + 1 if cache.decoding else 0, len(cache.last)
+        logits = next_logits(ids, cache, **boundaries)
+        changed = None if module is not None else act(step, rows, logits)
+        return logits if changed is None else changed
 
-    handle = module.register_forward_hook(hook)
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        return act(step, rows, output)
+
+    policy.next_logits = counted  # type: ignore[method-assign]
+    handle = None if module is None else module.register_forward_hook(hook)
     try:
         yield
     finally:
-        handle.remove()
+        del policy.next_logits
+        if handle is not None:
+            handle.remove()
 
 
 class Memory:
@@ -91,13 +102,13 @@ class Memory:
         self.failed: weakref.ref[Tensor] | None = None
         self.error: type[RuntimeError] = torch.OutOfMemoryError
 
-    def __call__(self, step: int, embedded: Tensor) -> None:
+    def __call__(self, step: int, rows: int, embedded: Tensor) -> None:
         if step == 0:
-            self.passes.append(len(embedded))
+            self.passes.append(rows)
             assert self.failed is None or self.failed() is None, "a failed pass is still in memory"
-        if step >= self.step and len(embedded) > self.rows:
+        if step >= self.step and rows > self.rows:
             self.failed = weakref.ref(embedded)
-            raise self.error(f"no memory for {len(embedded)} rows")
+            raise self.error(f"no memory for {rows} rows")
 
 
 # memory
@@ -113,7 +124,7 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(
 ) -> None:
     policy = make_policy()
     engine, memory = TransformersEngine(policy), Memory(room, step)
-    with hooked(policy.model.get_input_embeddings(), memory):
+    with hooked(policy, memory, policy.model.get_input_embeddings()):
         assert_same(engine.generate(make_prompts(), sampling()), expected())
         assert memory.passes == passes and engine.max_rows == limit
         memory.passes.clear()
@@ -125,11 +136,11 @@ def test_a_pass_that_fails_late_keeps_the_ones_before_it() -> None:
     policy = make_policy()
     engine, memory = TransformersEngine(policy, max_rows=4), Memory(4)
 
-    def shrink(step: int, embedded: Tensor) -> None:
-        memory.rows = 4 if len(embedded) == 4 else 1
-        memory(step, embedded)
+    def shrink(step: int, rows: int, embedded: Tensor) -> None:
+        memory.rows = 4 if rows == 4 else 1
+        memory(step, rows, embedded)
 
-    with hooked(policy.model.get_input_embeddings(), shrink):
+    with hooked(policy, shrink, policy.model.get_input_embeddings()):
         assert_same(engine.generate(make_prompts(), sampling()), expected())
     assert memory.passes == [4, 2, 1, 1] and engine.max_rows == 1
 
@@ -138,7 +149,7 @@ def test_one_row_that_does_not_fit_is_the_original_error() -> None:
     policy = make_policy()
     engine, memory = TransformersEngine(policy), Memory(0)
     with (
-        hooked(policy.model.get_input_embeddings(), memory),
+        hooked(policy, memory, policy.model.get_input_embeddings()),
         pytest.raises(torch.OutOfMemoryError, match="no memory for 1 rows"),
     ):
         engine.generate(make_prompts(), sampling())
@@ -152,7 +163,7 @@ def test_other_errors_are_not_tried_again() -> None:
     memory.error = RuntimeError
     engine = TransformersEngine(policy)
     with (
-        hooked(policy.model.get_input_embeddings(), memory),
+        hooked(policy, memory, policy.model.get_input_embeddings()),
         pytest.raises(RuntimeError, match="no memory for 6 rows"),
     ):
         engine.generate(make_prompts(), sampling())
@@ -174,7 +185,7 @@ config = LlamaConfig(vocab_size=200_000, hidden_size=8, num_hidden_layers=1, num
                      intermediate_size=16, max_position_embeddings=32, initializer_range=0.3)
 policy = Policy(AutoModelForCausalLM.from_config(config), critic="none", reference="none")
 prompts = [np.array([3 + row, 4]) for row in range(64)]
-sampling = Sampling(max_new_tokens=2, eos_token_ids=(), pad_token_id=0, seed=1)
+sampling = Sampling(max_new_tokens=2, eos_token_ids=(), seed=1)
 whole = TransformersEngine(policy).generate(prompts, sampling)
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
@@ -207,13 +218,12 @@ def test_a_row_without_finite_logits_is_flagged_and_harms_no_other(
 ) -> None:
     policy = make_policy()
 
-    def spoil(step: int, logits: Tensor) -> Tensor:
-        logits = logits.clone()
+    def spoil(step: int, _: int, logits: Tensor) -> Tensor:
         if step == 3:
-            logits[[1, 4], -1, entries] = value
+            logits[[1, 4], entries] = value
         return logits
 
-    with hooked(policy.model.get_output_embeddings(), spoil):
+    with hooked(policy, spoil):
         rollouts = TransformersEngine(policy).generate(make_prompts(), sampling(**options))
     assert rollouts.finite.tolist() == [True, False, True, True, False, True]
     assert rollouts.finite.dtype == bool
@@ -230,28 +240,52 @@ def test_hidden_states_that_are_nan_stay_in_their_row() -> None:
     """The key-value cache of that row is NaN from then on."""
     policy = make_policy()
 
-    def spoil(step: int, hidden: Tensor) -> Tensor:
+    def spoil(step: int, _: int, hidden: Tensor) -> Tensor:
         hidden = hidden.clone()
         if step == 2:
-            hidden[1] = NAN
+            hidden[0, 1] = NAN
         return hidden
 
-    with hooked(policy.model.get_input_embeddings(), spoil):
+    with hooked(policy, spoil, policy.model.get_input_embeddings()):
         rollouts = TransformersEngine(policy).generate(make_prompts(), sampling())
     assert rollouts.finite.tolist() == [True, False, True, True, True, True]
     assert np.isnan(rollouts.logprobs[1]).tolist() == [False] * 2 + [True] * (STEPS - 2)
     assert_same(rollouts, expected(), [0, 2, 3, 4, 5])
 
 
+@pytest.mark.parametrize("spoiled", [0, 5], ids=["dropped", "moved"])
+def test_a_row_that_is_nan_harms_none_that_takes_its_place(
+    spoiled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 0 ends, the last one alive moves into its place, and the cache grows."""
+    monkeypatch.setattr(kv_cache, "_ROOM", 1)
+    policy, prompts, options = make_policy(), make_prompts(), {"max_new_tokens": 20}
+    token = sum(map(len, prompts[:spoiled]))  # the first of its prompt
+
+    def spoil(step: int, _: int, hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        if step == 0:
+            hidden[0, token] = NAN
+        return hidden
+
+    with hooked(policy, spoil, policy.model.get_input_embeddings()):
+        free = TransformersEngine(policy).generate(prompts, sampling(**options))
+        options |= {"eos_token_ids": (int(free.responses[0][3]),)}
+        rollouts = TransformersEngine(policy).generate(prompts, sampling(**options))
+    assert len(rollouts.responses[0]) <= 4 and len(rollouts.responses[1]) == 20
+    assert rollouts.finite.tolist() == [row != spoiled for row in range(6)]
+    assert np.isnan(rollouts.logprobs[spoiled]).all()
+    assert_same(rollouts, expected(**options), [row for row in range(6) if row != spoiled])
+
+
 def test_masked_vocabulary_is_finite_and_never_drawn() -> None:
     policy = make_policy()
 
-    def mask(_: int, logits: Tensor) -> Tensor:
-        logits = logits.clone()
-        logits[..., ::2] = -INF
+    def mask(_: int, __: int, logits: Tensor) -> Tensor:
+        logits[:, ::2] = -INF
         return logits
 
-    with hooked(policy.model.get_output_embeddings(), mask):
+    with hooked(policy, mask):
         rollouts = TransformersEngine(policy).generate(make_prompts() * 20, sampling())
     assert rollouts.finite.all()
     assert set(np.concatenate(rollouts.responses).tolist()) == set(range(1, VOCAB, 2))
@@ -271,12 +305,13 @@ def test_an_exception_in_the_middle_leaves_the_policy_as_it_was(
     policy, fresh = make_policy(**options), make_policy(**options)
     engine, batch = TransformersEngine(policy), PackedBatch.pack(make_prompts(), make_prompts())
 
-    def fail(step: int, _: Tensor) -> None:
+    def fail(step: int, _: int, __: Tensor) -> None:
         if step == 3:
             raise error
 
     own = policy.model.generation_config
-    with hooked(policy.model.model.layers[1].mlp, fail), pytest.raises(type(error)) as caught:
+    mlp = policy.model.model.layers[1].mlp
+    with hooked(policy, fail, mlp), pytest.raises(type(error)) as caught:
         engine.generate(make_prompts(), sampling())
     assert caught.value is error
     assert policy.model.generation_config is own
@@ -301,7 +336,7 @@ def test_a_signal_is_answered_within_one_token(signum: signal.Signals) -> None:
     policy = make_policy()
     engine, steps = TransformersEngine(policy), []
 
-    def ask(step: int, _: Tensor) -> None:
+    def ask(step: int, _: int, __: Tensor) -> None:
         steps.append(step)
         if step == 2:
             signal.raise_signal(signum)
@@ -309,9 +344,25 @@ def test_a_signal_is_answered_within_one_token(signum: signal.Signals) -> None:
 
     with interrupts.handled():
         with (
-            hooked(policy.model.get_input_embeddings(), ask),
+            hooked(policy, ask, policy.model.get_input_embeddings()),
             pytest.raises(interrupts.Interrupted) as caught,
         ):
             engine.generate(make_prompts(), sampling())
         assert caught.value.signum == signum and steps == [0, 1, 2]
         assert_same(engine.generate(make_prompts(), sampling()), expected())
+
+
+def test_a_signal_that_came_before_is_answered_before_the_prompts() -> None:
+    policy, steps = make_policy(), []
+
+    def note(step: int, _: int, __: Tensor) -> None:
+        steps.append(step)
+
+    with interrupts.handled():
+        signal.raise_signal(signal.SIGTERM)
+        with (
+            hooked(policy, note, policy.model.get_input_embeddings()),
+            pytest.raises(interrupts.Interrupted),
+        ):
+            TransformersEngine(policy).generate(make_prompts(), sampling())
+    assert steps == []

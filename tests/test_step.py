@@ -58,7 +58,6 @@ def sample(step: PPOStep, seed: int = 0) -> tuple[PackedBatch, np.ndarray, np.nd
         top_k=step.config.top_k,
         max_new_tokens=step.config.max_response_length,
         eos_token_ids=(EOS,),
-        pad_token_id=0,
         seed=derive_seed(step.config.seed, seed, "rollout"),
     )
     rollouts: Rollouts = TransformersEngine(step.policy).generate(prompts, sampling)

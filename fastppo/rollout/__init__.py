@@ -2,7 +2,7 @@
 
 An engine gets ids and gives ids; nothing between sampling and training decodes text and encodes it
 again, because the same text can have other ids. Whether a response ended by itself or was cut is
-said by flags and never read off the ids: the padding token may be the end-of-sequence token.
+said by flags, for what comes after not to guess it from the ids.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ class Sampling:
     """Longest response, in tokens, the end-of-sequence token included."""
     eos_token_ids: tuple[int, ...]
     """Tokens that end a response; none: every response has `max_new_tokens` tokens."""
-    pad_token_id: int
-    """Filler of shorter prompts; may be an end-of-sequence token."""
     seed: int
     """Seed of this call; the global generators are neither used nor moved."""
     temperature: float = 1.0
@@ -45,7 +43,6 @@ class Sampling:
         for name, valid, expected in (
             ("temperature", self.temperature >= 0.0, "a number ≥ 0"),
             ("max_new_tokens", self.max_new_tokens >= 1, "an integer ≥ 1"),
-            ("pad_token_id", self.pad_token_id >= 0, "a token id ≥ 0"),
             ("eos_token_ids", all(i >= 0 for i in self.eos_token_ids), "token ids ≥ 0"),
             ("seed", 0 <= self.seed < 2**63, "an integer in [0, 2^63)"),
             ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),

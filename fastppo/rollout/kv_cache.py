@@ -4,12 +4,13 @@ A pass over T tokens, packed or one for each sequence, is one row of the model, 
 see T tokens and nothing else:
 
     cache = KVCache(lengths, device)
-    ...                              # the prompts' pass, with attention_kwargs of the packed batch
-    cache.step()                     # from here on the tokens of a pass are one per sequence
+    ...                              # the prompts' pass: T = sum of lengths
+    cache.step()                     # the next pass has one token of each sequence: T = S
+    ...
     order = cache.drop(finished)     # which sequences are left, and in which order
 
-S sequences alive, C the capacity of each, Hq query heads, Hkv key/value heads (Hq a multiple of
-Hkv), D head dimension.
+Shapes: S sequences alive, C the capacity of each, Hq query heads, Hkv key/value heads (Hq a
+multiple of Hkv), D head dimension.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 _ROOM = 64
-"""Positions that a sequence gets when it has filled its own: a reallocation in so many steps."""
+"""Least number of positions added to the capacity at a time, so that most steps allocate nothing.
+"""
 
 
 class KVCache:
@@ -35,18 +37,18 @@ class KVCache:
     def __init__(self, lengths: NDArray[np.int64], device: torch.device) -> None:
         self.device = device
         self.decoding = False
-        """Whether the tokens of a pass are one per sequence."""
-        self._longest = int(lengths.max())
-        self._capacity = _rounded_up(self._longest + _ROOM)
-        self._stores: list[Tensor] = []  # for each layer (2, S, Hkv, C, D)
+        """Whether the pass has one token of each sequence, and not the prompts."""
         host = torch.from_numpy(lengths)
-        self._lengths = host.to(device)  # (S,)
-        # of each token of the pass: its sequence, and its place there
         starts = host.cumsum(0) - host
-        self._sequences = torch.arange(len(host)).repeat_interleave(host).to(device)
-        self._places = (
-            torch.arange(int(host.sum())) - starts.repeat_interleave(host)
-        ).to(device)  # fmt: skip
+        # of each token of the pass: its sequence, and its position there
+        sequences = torch.arange(len(host)).repeat_interleave(host)
+        places = torch.arange(len(sequences)) - starts.repeat_interleave(host)
+        self._sequences, self._places = sequences.to(device), places.to(device)
+        self._last = (starts + host - 1).to(device)
+        # of each sequence, with the tokens of the pass, on the host and on the device
+        self._lengths, self._lengths_device = lengths, host.to(device)
+        self._capacity = _rounded_up(int(lengths.max()) + _ROOM)
+        self._stores: list[Tensor] = []  # for each layer (2, S or more, Hkv, C, D)
         self._mask: Tensor | None = None
 
     @property
@@ -54,46 +56,54 @@ class KVCache:
         """(T,) int64: the position of each token of the pass in its sequence."""
         return self._places
 
+    @property
+    def last(self) -> Tensor:
+        """(S,) int64: where in the pass each sequence has its last token."""
+        return self._last
+
     def step(self) -> None:
         """Begin a pass of one more token for each sequence."""
         self.decoding = True
-        self._places = self._lengths
+        self._places, self._lengths_device = self._lengths_device, self._lengths_device + 1
         self._lengths = self._lengths + 1
-        self._longest += 1
-        if len(self._sequences) != len(self._places):
-            self._sequences = torch.arange(len(self._places), device=self.device)
-        if self._longest > self._capacity:
-            self._grow()
-        # A multiple of 8, as fused kernels want it. What nothing was written to is zero.
-        seen = torch.arange(_rounded_up(self._longest), device=self.device)
-        hidden = seen >= self._lengths[:, None]
-        self._mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)
+        if len(self._sequences) != len(self._lengths):
+            self._sequences = torch.arange(len(self._lengths), device=self.device)
+        self._last = self._sequences
+        longest = int(self._lengths.max())
+        if longest > self._capacity:
+            self._grow(longest)
+        # a multiple of 8 positions, which fused kernels want
+        seen = torch.arange(_rounded_up(longest), device=self.device)
+        hidden = seen >= self._lengths_device[:, None]
+        self._mask = self._stores[0].new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
     def drop(self, finished: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Forget sequences; the last ones alive move into their places.
 
         Args:
-            finished: (S,), which.
+            finished: (S,), which; not all.
 
         Returns:
-            For each place the sequence, by its place until now, that it has from now on.
+            For each place that is left, the place until now of the sequence that it has from now.
         """
-        left = np.flatnonzero(~finished)
-        order = np.arange(len(left))
-        holes, moved = np.flatnonzero(finished[: len(left)]), left[left >= len(left)]
+        alive = np.flatnonzero(~finished)
+        holes, moved = np.flatnonzero(finished[: len(alive)]), alive[alive >= len(alive)]
+        order = np.arange(len(alive))
         order[holes] = moved
-        to, source = (torch.from_numpy(x).to(self.device) for x in (holes, moved))
+        to, source, kept = (torch.from_numpy(x).to(self.device) for x in (holes, moved, order))
         if len(holes):
             for store in self._stores:
                 store[:, to] = store[:, source]
-        self._lengths = self._lengths[torch.from_numpy(order).to(self.device)]
+        self._lengths, self._lengths_device = self._lengths[order], self._lengths_device[kept]
         return order
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep keys and values (1, Hkv, T, D) of the tokens of the pass."""
+        """Keep keys and values (1, Hkv, T, D) of the tokens of the pass, in the value's dtype:
+        under autocast, norms make fp32 of keys that attention would round at every step."""
         if layer == len(self._stores):
-            shape = (2, len(self._lengths), key.shape[1], self._capacity, key.shape[3])
-            self._stores.append(key.new_zeros(shape))
+            shape = (2, len(self._lengths), value.shape[1], self._capacity, value.shape[3])
+            # zero: what is masked has weight 0, and 0 x NaN is NaN
+            self._stores.append(value.new_zeros(shape))
         store = self._stores[layer]
         for kept, new in zip(store, (key, value), strict=True):
             kept[self._sequences, :, self._places] = new[0].transpose(0, 1).to(store.dtype)
@@ -107,27 +117,25 @@ class KVCache:
             scale: factor on q k^T.
 
         Returns:
-            (1, S, Hq, D).
+            (1, S, Hq, D) in the value's dtype.
         """
         assert self._mask is not None
         count, seen = self._mask.shape
         key, value = self._stores[layer][:, :count, :, :seen]  # (S, Hkv, seen, D)
-        heads = key.shape[1]
-        # query heads that share keys are the rows of one product
-        grouped = query[0].transpose(0, 1).unflatten(1, (heads, -1))  # (S, Hkv, Hq / Hkv, D)
-        mask = self._mask[:, None, None].to(key.dtype)
-        out = F.scaled_dot_product_attention(
-            grouped.to(key.dtype), key, value, attn_mask=mask, scale=scale
+        # the query heads that share keys are the rows of one product
+        grouped = query[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))
+        out = F.scaled_dot_product_attention(  # (S, Hkv, Hq / Hkv, D)
+            grouped.to(key.dtype), key, value, attn_mask=self._mask[:, None, None], scale=scale
         )
-        return out.flatten(1, 2)[None].to(query.dtype)
+        return out.flatten(1, 2)[None]
 
-    def _grow(self) -> None:
-        """Room for more tokens, of the sequences alive alone."""
-        self._capacity = _rounded_up(self._longest + max(_ROOM, self._longest // 4))
+    def _grow(self, longest: int) -> None:
+        """Room for `longest` tokens and more, of the sequences alive alone."""
+        self._capacity = _rounded_up(longest + max(_ROOM, longest // 4))
         for layer, old in enumerate(self._stores):
-            count = len(self._lengths)
-            new = old.new_zeros((2, count, old.shape[2], self._capacity, old.shape[4]))
-            new[..., : old.shape[3], :] = old[:, :count]
+            _, _, heads, capacity, dim = old.shape
+            new = old.new_zeros((2, len(self._lengths), heads, self._capacity, dim))
+            new[..., :capacity, :] = old[:, : len(self._lengths)]
             self._stores[layer] = new
 
 

@@ -1,14 +1,16 @@
 """Rollouts by the policy's own modules: packed prompts, a KV cache, rows that leave at their end.
 
-The prompts go through the model once, packed as in training. Then every sequence that has not ended
-gets one token a step; those that have are dropped, so no step computes for them. Nothing is padded,
-and attention is the packed one throughout (attention.py, kv_cache.py).
+The prompts go through the model once, packed as in training. Then each step is one packed row
+again, of one token for every sequence that has not ended; those that have are dropped. So no token
+is computed for padding or after an end (attention.py, kv_cache.py).
 
 Tokens are drawn by `Sampler`, from uniforms that belong to the row and are made once per call, so
 that a batch may be split into passes that fit into memory. Nothing is read from a checkpoint's
 generation_config: a top_k = 50 or a repetition penalty shipped there would sample from another
 distribution than the one that is trained. Log-probabilities are gathered step by step from the
 logits that a token was drawn from, so that only one (S, V) array is alive.
+
+B rows of a call or a pass, S of them that have not ended, V vocabulary.
 """
 
 from __future__ import annotations
@@ -81,37 +83,35 @@ class TransformersEngine:
         return _joined(parts)
 
     def _pass(self, prompts: Sequence[np.ndarray], drawn: Tensor, sampling: Sampling) -> Rollouts:
-        """Responses to some prompts from their uniforms `drawn` (rows, max_new_tokens)."""
+        """Responses to some prompts from their uniforms `drawn` (B, max_new_tokens)."""
         device, sampler = self.policy.device, Sampler(sampling, drawn)
         lengths = np.array([len(prompt) for prompt in prompts])
-        cache = KVCache(lengths, device)
-        ends = torch.from_numpy(lengths.cumsum() - 1).to(device)
+        cache, boundaries = KVCache(lengths, device), self._boundaries(lengths)
+        tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(device)  # (T,)
         written = np.zeros((len(prompts), sampling.max_new_tokens), np.int32)
         logprobs = torch.zeros(written.shape, device=device)
         counts, finished = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), bool)
-        alive = np.arange(len(prompts))  # in the order of the cache
-        rows = torch.from_numpy(alive).to(device)
+        alive = np.arange(len(prompts))  # (S,) the row of each sequence of the cache
+        rows = torch.from_numpy(alive).to(device)  # the same
         with self.policy.decoding():
-            tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(device)
-            attention = self._boundaries(lengths)
-            logits = self.policy.next_logits(tokens, ends, kv_cache=cache, **attention)
             for step in range(sampling.max_new_tokens):
                 interrupts.check()
                 if step:
                     cache.step()
-                    logits = self.policy.next_logits(tokens, None, kv_cache=cache)
-                tokens, logprobs[rows, step] = sampler(logits, rows, step)
-                written[alive, step] = tokens.cpu().numpy()
+                    boundaries = {}
+                tokens, logprobs[rows, step] = sampler(
+                    self.policy.next_logits(tokens, cache, **boundaries), rows, step
+                )
+                written[alive, step] = tokens.cpu().numpy()  # the one wait of a step
                 counts[alive] += 1
                 ended = np.isin(written[alive, step], sampling.eos_token_ids)
-                if not ended.any():
-                    continue
                 finished[alive[ended]] = True
                 if ended.all():
                     break
-                order = cache.drop(ended)
-                alive = alive[order]
-                rows, tokens = (x[torch.from_numpy(order).to(device)] for x in (rows, tokens))
+                if ended.any():
+                    order = cache.drop(ended)
+                    kept = torch.from_numpy(order).to(device)
+                    alive, rows, tokens = alive[order], rows[kept], tokens[kept]
         found = logprobs.cpu().numpy()
         return Rollouts(
             responses=[row[:n].copy() for row, n in zip(written, counts, strict=True)],
@@ -121,7 +121,7 @@ class TransformersEngine:
         )
 
     def _boundaries(self, lengths: np.ndarray) -> dict[str, Any]:
-        """What packed attention has to know of prompts back to back."""
+        """What packed attention has to know of prompts of these lengths, back to back."""
         host = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
         return {
             "cu_seqlens": torch.from_numpy(host).to(self.policy.device),

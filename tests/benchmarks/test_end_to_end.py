@@ -34,15 +34,16 @@ def test_rows_end_at_their_lengths_and_nowhere_else(workload):
         eos_token_id=4,
         pad_token_id=0,
     )
-    forced = workload.ForcedLengths(work, context=5)
     generator = torch.Generator().manual_seed(0)
     ended = []
     for step in range(3):
         scores = torch.randn(3, 6, generator=generator)
         scores[:, [0, 4]] = 9.0  # the likeliest by far
-        ended.append((forced(torch.zeros(3, 5 + step), scores).argmax(1) == 4).tolist())
-        allowed = forced(torch.zeros(3, 5 + step), scores)
+        allowed = workload.force_end(work, scores, torch.arange(3), step)
+        ended.append((allowed.argmax(1) == 4).tolist())
         assert allowed[:, 0].isinf().all()
+        some = torch.tensor([2, 0])  # what is left of them, in the order of a cache
+        assert torch.equal(workload.force_end(work, scores[some], some, step), allowed[some])
         assert torch.equal(allowed[2, [1, 2, 3, 5]], scores[2, [1, 2, 3, 5]])
     # the longest row is cut off by max_new_tokens and has no end token
     assert ended == [[True, False, False], [True, True, False], [True, True, False]]

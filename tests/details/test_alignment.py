@@ -117,9 +117,7 @@ def test_03_lengths_come_from_the_engine(make_step: Callable[..., PPOStep]) -> N
     prompts = [np.array(p) for p in ([5, EOS, 6, 7], [EOS], [9, EOS], [3])] * 8
     rollouts = TransformersEngine(step.policy).generate(
         prompts,
-        Sampling(
-            temperature=1.0, max_new_tokens=12, eos_token_ids=(EOS,), pad_token_id=EOS, seed=1
-        ),
+        Sampling(temperature=1.0, max_new_tokens=12, eos_token_ids=(EOS,), seed=1),
     )
     assert rollouts.finished.any() and rollouts.truncated.any()
     for ids, finished in zip(rollouts.responses, rollouts.finished, strict=True):
@@ -175,7 +173,7 @@ def test_26_positions(
     make_step: Callable[..., PPOStep],
     make_batch: Callable[..., PackedBatch],
 ) -> None:
-    """Learned positions start at 0 in every packed sequence, and in every left-padded prompt."""
+    """Learned positions start at 0 in every packed sequence, sampled or trained."""
     plain = make_model("gpt2")
     step = make_step(copy.deepcopy(plain))
     batch = step.evaluate(make_batch())
@@ -185,7 +183,7 @@ def test_26_positions(
     prompts = batch_prompts(batch)
     rollouts = TransformersEngine(step.policy).generate(
         prompts,
-        Sampling(temperature=1.0, max_new_tokens=6, eos_token_ids=(), pad_token_id=EOS, seed=1),
+        Sampling(temperature=1.0, max_new_tokens=6, eos_token_ids=(), seed=1),
     )
     trained = step.evaluate(PackedBatch.pack(prompts, rollouts.responses)).old_logprobs
     sampled = torch.from_numpy(np.concatenate(rollouts.logprobs))

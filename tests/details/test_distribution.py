@@ -74,7 +74,7 @@ def test_07_temperature_of_the_sampler(make_step: MakeStep, make_batch: MakeBatc
     prompts = [np.array([5, 6, 7]), np.array([8])]
     rollouts = TransformersEngine(step.policy).generate(
         prompts,
-        Sampling(temperature=0.6, max_new_tokens=8, eos_token_ids=(), pad_token_id=0, seed=1),
+        Sampling(temperature=0.6, max_new_tokens=8, eos_token_ids=(), seed=1),
     )
     batch = step.evaluate(PackedBatch.pack(prompts, rollouts.responses))
     sampled = torch.from_numpy(np.concatenate(rollouts.logprobs))
@@ -91,9 +91,7 @@ def test_08_filters_need_a_correction(option: dict[str, Any]) -> None:
 
 def test_08_filtered_logprobs_are_renormalised(make_step: MakeStep) -> None:
     """With top-k on, the engine's log-probabilities are those of the kept tokens' distribution."""
-    sampling = Sampling(
-        temperature=1.0, top_k=2, max_new_tokens=1, eos_token_ids=(), pad_token_id=0, seed=1
-    )
+    sampling = Sampling(temperature=1.0, top_k=2, max_new_tokens=1, eos_token_ids=(), seed=1)
     rollouts = TransformersEngine(make_step().policy).generate([np.array([3, 4])] * 100, sampling)
     pairs = zip(rollouts.responses, rollouts.logprobs, strict=True)
     kept = {int(ids[0]): float(logprobs[0]) for ids, logprobs in pairs}

@@ -33,7 +33,7 @@ from fastppo.step import PPOStep
 
 HERE = Path(__file__).parent
 TOKENIZER = word_tokenizer()
-SAMPLING = Sampling(max_new_tokens=1, eos_token_ids=(0,), pad_token_id=0, seed=0)
+SAMPLING = Sampling(max_new_tokens=1, eos_token_ids=(0,), seed=0)
 
 
 def iterate(step: PPOStep, engine: TransformersEngine, timer: PhaseTimer) -> None:
