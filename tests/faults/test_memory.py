@@ -48,9 +48,7 @@ class Once:
 
 def in_rollout(trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Once:
     """At the second token."""
-    once = Once(trainer, lambda module, args: args[0].shape[-1] == 1)
-    trainer.policy.model.get_input_embeddings().register_forward_pre_hook(once)
-    return once
+    return in_a_layer(trainer, lambda cache: cache is not None and cache.decoding)
 
 
 def in_pack(trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Once:
@@ -58,13 +56,14 @@ def in_pack(trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Once:
 
 
 def in_a_layer(trainer: PPOTrainer, when: Callable[..., bool]) -> Once:
-    once = Once(trainer, lambda module, args, kwargs: "cu_seqlens" in kwargs and when())
+    """When `when` holds of the rollout's cache, which is None in other forwards."""
+    once = Once(trainer, lambda module, args, kwargs: when(kwargs.get("kv_cache")))
     trainer.policy.model.model.layers[1].register_forward_pre_hook(once, with_kwargs=True)
     return once
 
 
 def in_evaluate(trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Once:
-    return in_a_layer(trainer, lambda: not torch.is_grad_enabled())
+    return in_a_layer(trainer, lambda cache: cache is None and not torch.is_grad_enabled())
 
 
 def in_advantages(trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Once:
@@ -78,7 +77,7 @@ def in_minibatches(trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Once:
 
 
 def in_forward(trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Once:
-    return in_a_layer(trainer, lambda: torch.is_grad_enabled() and minibatch(trainer) == 1)
+    return in_a_layer(trainer, lambda _: torch.is_grad_enabled() and minibatch(trainer) == 1)
 
 
 def in_backward(trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Once:

@@ -58,27 +58,25 @@ def nothing(trainer: PPOTrainer) -> None:
 
 
 def in_generation(trainer: PPOTrainer) -> None:
-    """NaN logits of the first token of one row. Only generation calls the head as a module."""
-    poisoned: list[bool] = []
+    """NaN logits of the first token of one row."""
+    next_logits = trainer.policy.next_logits
 
-    def spoil(_: Any, args: Any, logits: Tensor) -> Tensor | None:
-        if trainer.run.iterations != 1 or poisoned:
-            return None
-        poisoned.append(True)
-        logits = logits.clone()
-        logits[BAD] = NAN
+    def spoiled(ids: Tensor, cache: Any, **boundaries: Any) -> Tensor:
+        logits = next_logits(ids, cache, **boundaries)
+        if trainer.run.iterations == 1 and not cache.decoding:
+            logits[BAD] = NAN
         return logits
 
-    trainer.policy.model.get_output_embeddings().register_forward_hook(spoil)
+    trainer.policy.next_logits = spoiled
 
 
 def in_evaluate(trainer: PPOTrainer) -> None:
     """NaN in what the first layer makes of the first token of one sequence."""
 
     def spoil(_: Any, args: Any, kwargs: Any, hidden: Tensor) -> Tensor | None:
-        cu = kwargs.get("cu_seqlens_host")  # None in generation
-        if cu is None or torch.is_grad_enabled() or trainer.run.iterations != 1:
+        if "kv_cache" in kwargs or torch.is_grad_enabled() or trainer.run.iterations != 1:
             return None
+        cu = kwargs["cu_seqlens_host"]
         hidden = hidden.clone()
         hidden[0, cu[BAD]] = NAN
         return hidden
