@@ -365,9 +365,15 @@ def test_decoding_uses_the_cache_even_with_gradient_checkpointing() -> None:
     expected = generate(make_policy(), prompts, eos_token_ids=())
     widths = []
     layer = policy.model.model.layers[0]
-    hook = layer.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[:2]))
+
+    def note(module: Any, args: Any) -> None:
+        assert not module.training and not torch.is_grad_enabled()
+        widths.append(args[0].shape[:2])
+
+    hook = layer.register_forward_pre_hook(note)
     assert_same(generate(policy, prompts, eos_token_ids=()), expected)
     hook.remove()
+    assert policy.model.training
     assert widths == [(1, sum(map(len, prompts)))] + [(1, len(prompts))] * 9
 
 
