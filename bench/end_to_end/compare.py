@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import tyro
 from forms import Form, take_turns
-from prepare import Model, prepare
+from prepare import Mix, Model, prepare
 from report import SHARED, TRL, save
 from workload import Workload
 
@@ -50,8 +50,10 @@ class Options:
     """Shortest and longest prompt, in tokens."""
     response: tuple[int, int] = (4, 32)
     """Shortest and longest response, in tokens."""
-    epochs: int = 1
-    """Passes over the episodes."""
+    mix: Mix = "geometric"
+    """Where the other lengths lie; geometric: half of them below the geometric mean of the two."""
+    epochs: int = 4
+    """Passes over the episodes; TRL's default."""
     skip_peer: bool = False
     """Time fastppo alone, and check nothing."""
     output: str = "bench-results/end-to-end"
@@ -71,7 +73,8 @@ def check(options: Options, scratch: Path) -> dict[str, float]:
         4,
         (options.prompt[0], options.prompt[0] + 16),
         (8, 8),
-        minibatches=1,
+        "even",
+        epochs=1,
         device=options.device,
         stop="never",
     )
@@ -129,6 +132,7 @@ def main(options: Options) -> None:
             options.sequences,
             options.prompt,
             options.response,
+            options.mix,
             epochs=options.epochs,
             device=options.device,
         )

@@ -52,7 +52,7 @@ class Options:
 
 def arithmetic(folder: Path, options: Options) -> Workload:
     """The task of examples/arithmetic.toml, its prompts as text."""
-    tokenizer = write_models(folder, MODEL)
+    tokenizer, policy = write_models(folder, MODEL)
     lines = (EXAMPLES / "arithmetic_train.jsonl").read_text().splitlines()
     records = list({json.dumps(row["prompt"]): row for row in map(json.loads, lines)}.values())
     prompts = [
@@ -63,11 +63,14 @@ def arithmetic(folder: Path, options: Options) -> Workload:
         prompts=prompts,
         prompt_lengths=[len(tokenizer(text)["input_ids"]) for text in prompts],
         response_lengths=[10],
+        trunk_parameters=policy.base_model.num_parameters(exclude_embeddings=True),
+        head_parameters=policy.get_output_embeddings().weight.numel(),
         answers=[row["answer"] for row in records],
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=0,
         stop="eos",
         batch=options.episodes,
+        epochs=1,
         minibatches=4,
         learning_rate=5e-5,
         kl_coef=0.02,

@@ -18,6 +18,8 @@ from workload import Workload
 from fastppo.models import load_model, load_tokenizer
 
 Model = Literal["smollm2-135m-instruct", "qwen2.5-0.5b", "tiny"]
+Mix = Literal["geometric", "even"]
+"""geometric: as many lengths between 8 and 16 tokens as between 32 and 64; even: evenly spaced."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": {  # https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json
@@ -42,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def prepare(
     folder: Path, model: Model, sequences: int, prompt: tuple[int, int], response: tuple[int, int],
-    **options: Any,
+    mix: Mix, **options: Any,
 ) -> Workload:  # fmt: skip
     """Write models and workload.
 
@@ -50,20 +52,26 @@ def prepare(
         folder: an empty one.
         model: see above.
         sequences: of one iteration.
-        prompt: the shortest and longest prompt, in tokens; the others lie evenly between them.
+        prompt: the shortest and longest prompt, in tokens.
         response: likewise, in an order that has nothing to do with the prompts'.
+        mix: where the other lengths lie between these.
         options: fields of the workload.
     """
-    tokenizer = write_models(folder, model)
+    tokenizer, policy = write_models(folder, model)
+    head = policy.get_output_embeddings().weight
+    trunk = policy.base_model.num_parameters(exclude_embeddings=True)
     rng = np.random.default_rng(0)
+    spread = {"geometric": np.geomspace, "even": np.linspace}
     lengths = [
-        rng.permutation(np.linspace(*ends, sequences).round().astype(int)).tolist()
+        rng.permutation(spread[mix](*ends, sequences).round().astype(int)).tolist()
         for ends in (prompt, response)
     ]
     work = Workload(
         prompts=[text_of_length(tokenizer, length, rng) for length in lengths[0]],
         prompt_lengths=lengths[0],
         response_lengths=lengths[1],
+        trunk_parameters=trunk,
+        head_parameters=head.numel(),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=0,
         **options,
@@ -72,8 +80,8 @@ def prepare(
     return work
 
 
-def write_models(folder: Path, model: Model) -> Any:
-    """Write policy, reward model and tokenizer; returns the tokenizer."""
+def write_models(folder: Path, model: Model) -> tuple[Any, Any]:
+    """Write policy, reward model and tokenizer; returns tokenizer and policy."""
     policy, tokenizer = (
         (load_model(model).float(), load_tokenizer(model)) if model not in SHAPES else random(model)
     )
@@ -82,7 +90,7 @@ def write_models(folder: Path, model: Model) -> Any:
     reward = classifier(policy)
     for name, part in (("policy", policy), ("reward", reward), ("tokenizer", tokenizer)):
         part.save_pretrained(folder / name)
-    return tokenizer
+    return tokenizer, policy
 
 
 def random(shape: str) -> tuple[Any, Any]:

@@ -34,12 +34,14 @@ class Workload:
     response_lengths: list[int]
     """Tokens of the response in each row, the end token included; the longest have none."""
     eos_token_id: int
+    trunk_parameters: int
+    """Of one model without embeddings and head: 2 operations each for a token."""
+    head_parameters: int
+    """Vocabulary times hidden size."""
     pad_token_id: int
     """Not the end token, or TRL would mask ends of turns inside a prompt."""
-    epochs: int = 1
-    """TRL: 4. All of them cost the same."""
-    minibatches: int = 2
-    """TRL: 1."""
+    epochs: int = 4
+    minibatches: int = 1
     learning_rate: float = 3e-6
     temperature: float = 1.0
     """TRL: 0.7."""
@@ -80,6 +82,21 @@ class Workload:
     def real_tokens(self) -> int:
         """Prompt and response tokens of one iteration."""
         return sum(self.prompt_lengths) + sum(self.response_lengths)
+
+    def flops(self, shared_trunk: bool) -> dict[str, float]:
+        """Least operations of each phase, 2 for a multiply-add; attention's products not counted.
+
+        Every real token once through a trunk, every response token once through a head. The
+        sampler's log-probabilities are the old ones.
+        """
+        trunk = 2.0 * self.trunk_parameters * self.real_tokens
+        head = 2.0 * self.head_parameters * sum(self.response_lengths)
+        critic = 0.0 if shared_trunk else trunk
+        return {
+            "rollout": trunk + head,
+            "evaluation": trunk + head + critic + trunk,  # reference, critic, reward model
+            "update": 3 * self.epochs * (trunk + head + critic),
+        }
 
     def save(self, folder: Path) -> None:
         """Write workload.json."""
