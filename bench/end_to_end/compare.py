@@ -42,13 +42,13 @@ class Options:
     """cpu or cuda."""
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """fp32, bf16 (autocast) or both."""
-    rounds: int = 3
+    rounds: int = 2
     """Timed iterations of each form, after one that warms up."""
     sequences: int = 16
     """Episodes of an iteration."""
     prompt: tuple[int, int] = (8, 64)
     """Shortest and longest prompt, in tokens."""
-    response: tuple[int, int] = (4, 32)
+    response: tuple[int, int] = (4, 64)
     """Shortest and longest response, in tokens."""
     mix: Mix = "geometric"
     """Where the other lengths lie; geometric: half of them below the geometric mean of the two."""
