@@ -31,6 +31,8 @@ def test_rows_end_at_their_lengths_and_nowhere_else(workload):
         prompts=["a", "b", "c"],
         prompt_lengths=[1, 1, 1],
         response_lengths=[1, 2, 3],
+        trunk_parameters=10,
+        head_parameters=100,
         eos_token_id=4,
         pad_token_id=0,
     )
@@ -49,6 +51,30 @@ def test_rows_end_at_their_lengths_and_nowhere_else(workload):
     assert ended == [[True, False, False], [True, True, False], [True, True, False]]
 
 
+def test_least_operations_count_real_tokens_alone(workload):
+    work = workload.Workload(
+        prompts=["a", "b"],
+        prompt_lengths=[5, 1],
+        response_lengths=[2, 4],
+        trunk_parameters=10,
+        head_parameters=100,
+        eos_token_id=4,
+        pad_token_id=0,
+        epochs=3,
+    )
+    trunk, head = 2 * 10 * 12, 2 * 100 * 6
+    assert work.flops(shared_trunk=False) == {
+        "rollout": trunk + head,
+        "evaluation": 3 * trunk + head,
+        "update": 3 * 3 * (2 * trunk + head),
+    }
+    assert work.flops(shared_trunk=True) == {
+        "rollout": trunk + head,
+        "evaluation": 2 * trunk + head,
+        "update": 3 * 3 * (trunk + head),
+    }
+
+
 def test_tokens_are_counted_by_model_and_gradient_mode(workload):
     counter, linear = workload.Counter(), torch.nn.Linear(4, 2)
     counter.watch("model", linear)
@@ -63,7 +89,7 @@ def test_tokens_are_counted_by_model_and_gradient_mode(workload):
 def test_both_critics_of_fastppo_do_the_work_that_was_asked_for(tmp_path):
     command = [sys.executable, HERE / "compare.py", "--skip-peer", "--model", "tiny"]
     command += ["--sequences", "4", "--prompt", "3", "9", "--response", "2", "6"]
-    command += ["--rounds", "1", "--output", tmp_path]
+    command += ["--mix", "even", "--epochs", "2", "--rounds", "1", "--output", tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, check=False, env=environment
@@ -73,9 +99,13 @@ def test_both_critics_of_fastppo_do_the_work_that_was_asked_for(tmp_path):
     assert len(samples) == 4
     for name, (sample,) in samples.items():
         tokens, real = sample["tokens"], 24 + 16
-        assert sample["real"] == tokens["policy, trained"] == tokens["reference"] == real
-        assert tokens["heads, trained"] == 16
-        assert tokens.get("critic, trained", 0) == (0 if "shared" in name else real)
+        assert sample["real"] == tokens["reference"] == real
+        # the sampler's last token of each response goes through no trunk; then the old ones
+        assert tokens["policy"] == real - 4 + real
+        assert tokens["policy head"] == 16
+        assert tokens["policy, trained"] == 2 * real
+        assert tokens["heads, trained"] == 2 * 16
+        assert tokens.get("critic, trained", 0) == (0 if "shared" in name else 2 * real)
         assert all(wall > 0 for wall, _ in sample["seconds"].values())
     result = json.loads((tmp_path / "end-to-end.json").read_text())
     assert {row["case"] for row in result["rows"]} == {
