@@ -151,6 +151,21 @@ def test_one_bad_pass_changes_nothing(measured: Result, number: int) -> None:
         assert worse(quiet, ours(bad, noisy(measured, seed + 300))) == ["fastppo"]
 
 
+def test_two_bad_passes_are_not_slower_code(measured: Result) -> None:
+    for seed in SEEDS:
+        quiet = noisy(measured, seed)
+        bad = noisy(measured, seed + 100, bad={0: 2.0, 2: 1.5})
+        assert not worse(quiet, ours(bad, quiet))
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["passes", "parts of one pass"])
+def test_one_lucky_pass_does_not_make_the_others_slow(measured: Result, one_pass: bool) -> None:
+    for seed in SEEDS:
+        lucky = noisy(measured, seed, bad={1: 0.6}, one_pass=one_pass)
+        quiet = noisy(measured, seed + 100)
+        assert not worse(ours(lucky, quiet), quiet)
+
+
 def test_a_slower_machine_is_not_slower_code(measured: Result) -> None:
     quiet, slow = noisy(measured), noisy(measured, 1, times={"": 1.5})
     assert drift(quiet, slow) == pytest.approx(1.5, rel=0.1)
@@ -171,9 +186,9 @@ def test_what_others_shift_by_is_noise(measured: Result) -> None:
     assert worse(quiet, slower) == ["fastppo"]
 
 
-def test_a_quicker_calibration_is_not_slower_code(measured: Result) -> None:
-    quiet = noisy(measured)
-    assert not worse(quiet, noisy(measured, 1, times={CALIBRATION: 0.5}))
+def test_what_got_quicker_does_not_make_the_rest_slower(measured: Result) -> None:
+    quicker = {CALIBRATION: 0.5, "torch": 0.5}
+    assert not worse(noisy(measured), noisy(measured, 1, times=quicker))
 
 
 @pytest.fixture(scope="session")
