@@ -27,7 +27,7 @@ Work = Callable[[], object]
 MIN_SAMPLE = 0.001  # seconds; short, so that on a busy machine some samples are undisturbed
 LONG_CALL = 0.1  # seconds; what takes longer needs no other warm-up than the call that was checked
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
-FEW, FEW_SECONDS = 10, 1.0  # so many rounds are worth so long, whatever the budget
+FEW, FEW_SECONDS = 10, 0.5  # so many rounds are worth so long, whatever the budget
 TURN, MAX_TURN = 0.1, 10  # of the slowest one's sample, as long a turn may be; samples in it
 
 
@@ -57,12 +57,14 @@ class Timer:
         mode: "perf_counter", "events" or "graph".
         note: why it is not the mode that was asked for; else empty.
         length: seconds of the latest sample, all its calls together; 0 before the first.
+        problem: what a call raised while it was timed; None: nothing.
     """
 
     def __init__(self, calls: Sequence[Work], device: torch.device, graph: bool = False) -> None:
         self._calls, self._device, self.note = calls, device, ""
         self._replay: Work | None = None
         self.mode, self.length = "perf_counter", 0.0
+        self.problem: Exception | None = None
         self._repeats = 0  # until the first sample
         if device.type == "cuda":
             for call in (calls[0], *calls):  # compiles, grows pools
@@ -123,6 +125,8 @@ class Timer:
 def take_turns(timers: Mapping[str, Timer], budget: float) -> dict[str, list[float]]:
     """Samples of every timer: one of each in the first round, then one turn of each per round.
 
+    One that raises has no more turns, and its `problem` is set.
+
     A turn is one sample, or up to `MAX_TURN` that together take at most `TURN` of the time of the
     slowest one's sample.
 
@@ -143,12 +147,17 @@ def take_turns(timers: Mapping[str, Timer], budget: float) -> dict[str, list[flo
             allowed = budget if round_ >= FEW else max(budget, FEW_SECONDS)
             if round_ >= MIN_ROUNDS and spent * (round_ + 1) / round_ > allowed:
                 break
-            for name, timer in timers.items():
-                samples[name] += [timer.sample() for _ in range(turns[name])]
+            running = {name: timer for name, timer in timers.items() if timer.problem is None}
+            for name, timer in running.items():
+                try:
+                    samples[name] += [timer.sample() for _ in range(turns[name])]
+                except Exception as problem:
+                    timer.problem = problem
             if round_ == 0:
-                longest = TURN * max(timer.length for timer in timers.values())
-                for name, timer in timers.items():
-                    turns[name] = max(1, min(MAX_TURN, int(longest / timer.length)))
+                longest = TURN * max(timer.length for timer in running.values())
+                for name, timer in running.items():
+                    if timer.problem is None:
+                        turns[name] = max(1, min(MAX_TURN, int(longest / timer.length)))
     finally:
         if collecting:
             gc.enable()

@@ -127,9 +127,12 @@ class Cell:
         samples = take_turns(timers, budget)
         self.calibration.append(samples[CALIBRATION])
         self._copy = _with_samples(self._copy, timers[COPY], samples[COPY])
-        for name, candidate in candidates.items():
-            self._rows[name] = _with_samples(self._rows[name], candidate.timer, samples[name])
-            self._check_again(name, candidate.first, judge)
+        for name, (call, timer) in candidates.items():
+            if timer.problem is not None:
+                self._rows[name] = _failed(self._rows[name], timer.problem)
+                continue
+            self._rows[name] = _with_samples(self._rows[name], timer, samples[name])
+            self._check_again(name, call, judge)
         self.finished = last or sum(timer.length for timer in timers.values()) > LONG_ROUND
         self._judge = None if self.finished else judge  # float64 results can be large
         self.rows = self._rows_with_floors()

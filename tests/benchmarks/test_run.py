@@ -170,6 +170,19 @@ def test_a_peer_that_raises_fails_and_the_others_go_on(case: Case, measure: Meas
     assert row_of(result, "fastppo").status == "ok"
 
 
+def test_a_call_that_works_only_once_fails_and_the_others_go_on(
+    case: Case, measure: Measure
+) -> None:
+    def once(x: Inputs, size: Size) -> Call:
+        answers = [{"y": x["x"].cumsum(0)}]
+        return lambda: answers.pop()
+
+    result = measure(with_provider(case, "once", Provider(prepare=once)))
+    row = row_of(result, "once")
+    assert (row.status, row.note) == ("failed", "IndexError: pop from empty list")
+    assert not row.seconds and len(row_of(result, "fastppo").seconds) >= 10
+
+
 def test_faster_than_the_ceilings_is_a_mistake_in_the_accounting(
     case: Case, measure: Measure
 ) -> None:
