@@ -101,7 +101,7 @@ def main(
         slow: the case whose fastppo does its work twice in the end.
     """
     runs = [measure_elsewhere(cases, sizes)]
-    failed, missed = 0, {LARGE: 0, SMALL: 0}
+    failed, missed = 0, dict[float, list[str]]({LARGE: [], SMALL: []})
     for number in range(1, pairs + 1):
         runs.append(measure_elsewhere(cases, sizes))
         before, after = runs[-2:]
@@ -111,7 +111,8 @@ def main(
         for row in after.rows:
             if row.provider.startswith(OURS):
                 for factor in missed:
-                    missed[factor] += row.key not in worse(before, pretend(after, row, factor))
+                    if row.key not in worse(before, pretend(after, row, factor)):
+                        missed[factor].append(f"{' / '.join(row.key)} of pair {number}")
         print(
             f"pair {number}: {len(ratios)} rows, quickest tenths up to {max(ratios):.2f} apart, "
             f"calibration {drift(before, after):.2f}, noise {noise(before, after):.2f}, "
@@ -122,8 +123,9 @@ def main(
     print(f"{pairs - failed} of {pairs} pairs of the same code pass")
     anyhow = [bool(worse(before, after)) for before, after in permutations(runs, 2)]
     print(f"{len(anyhow) - sum(anyhow)} of {len(anyhow)} do, of any two runs in any order")
-    for factor, count in missed.items():
-        print(f"{rows - count} of {rows} rows are named, had they taken {factor:g} times as long")
+    for factor, names in missed.items():
+        count, but = rows - len(names), f", but {'; '.join(names)}" if names else ""
+        print(f"{count} of {rows} rows are named, had they taken {factor:g} times as long{but}")
     doubled = measure_elsewhere(cases, sizes, slow)
     named = worse(runs[-1], doubled)
     print(f"twice the work, found slower: {'; '.join(map(' / '.join, sorted(named))) or 'none'}")
