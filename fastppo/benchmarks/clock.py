@@ -4,7 +4,8 @@ CUDA: events around one call on each of several input sets which together are la
 L2 cache, so a call finds nothing of its inputs there; where a call is shorter than its launch, the
 calls are captured into a CUDA graph and its replay is timed. CPU: perf_counter around as many calls
 as fill `MIN_SAMPLE`, on one input set: caches are warm, and so are those of the copy that bounds
-what a call can reach. What is compared takes turns: A B C A B C …
+what a call can reach. What is compared takes turns: A B C A B C …; beside something slow, a turn of
+something quick is several samples, as many in every round.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
+from torch._C._autograd import _enable_record_function
 
 Work = Callable[[], object]
 
 MIN_SAMPLE = 0.001  # seconds; short, so that on a busy machine some samples are undisturbed
+LONG_CALL = 0.1  # seconds; what takes longer needs no other warm-up than the call that was checked
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
+FEW, FEW_SECONDS = 10, 0.5  # so many rounds are worth so long, whatever the budget
+TURN, MAX_TURN = 0.1, 10  # of the slowest one's sample, as long a turn may be; samples in it
 
 
 def steady_allocator() -> None:
@@ -43,29 +48,31 @@ class Timer:
     """Takes samples of one kind of call.
 
     Args:
-        calls: one per input set; a sample runs each of them equally often.
+        calls: one per input set; a sample runs each of them equally often. The first was called
+            before, or is short.
         device: where they run.
         graph: time a CUDA graph of them, where that can be captured.
 
     Attributes:
         mode: "perf_counter", "events" or "graph".
         note: why it is not the mode that was asked for; else empty.
+        length: seconds of the latest sample, all its calls together; 0 before the first.
+        problem: what a call raised while it was timed; None: nothing.
     """
 
     def __init__(self, calls: Sequence[Work], device: torch.device, graph: bool = False) -> None:
         self._calls, self._device, self.note = calls, device, ""
-        for call in (calls[0], *calls):  # compiles, grows pools, fills caches
-            call()
         self._replay: Work | None = None
-        self.mode = "perf_counter"
+        self.mode, self.length = "perf_counter", 0.0
+        self.problem: Exception | None = None
+        self._repeats = 0  # until the first sample
         if device.type == "cuda":
+            for call in (calls[0], *calls):  # compiles, grows pools
+                call()
             torch.cuda.synchronize(device)
             self.mode = "events"
             if graph:
                 self._replay = self._capture()
-        self._repeats = 1
-        once = self.sample() * len(calls)
-        self._repeats = max(1, math.ceil(MIN_SAMPLE / once))
 
     def _capture(self) -> Work | None:
         graph = torch.cuda.CUDAGraph()
@@ -88,29 +95,48 @@ class Timer:
 
     def sample(self) -> float:
         """Seconds of one call, a mean over those of one sample."""
-        count = self._repeats * len(self._calls)
+        if not self._repeats:
+            self._repeats = 1
+            first = self._time()
+            if self.length >= LONG_CALL:
+                return first
+            self._time()  # fills caches
+            self._time()
+            self._repeats = max(1, math.ceil(MIN_SAMPLE / self.length))
+        return self._time()
+
+    def _time(self) -> float:
         if self._device.type != "cuda":
             start = time.perf_counter()
             for _ in range(self._repeats):
                 self._all()
-            return (time.perf_counter() - start) / count
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        for _ in range(self._repeats):
-            self._all()
-        after.record()
-        after.synchronize()
-        return float(before.elapsed_time(after)) / 1e3 / count
+            self.length = time.perf_counter() - start
+        else:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            for _ in range(self._repeats):
+                self._all()
+            after.record()
+            after.synchronize()
+            self.length = float(before.elapsed_time(after)) / 1e3
+        return self.length / (self._repeats * len(self._calls))
 
 
 def take_turns(timers: Mapping[str, Timer], budget: float) -> dict[str, list[float]]:
-    """Samples of every timer, one of each per round.
+    """Samples of every timer: one of each in the first round, then one turn of each per round.
+
+    One that raises has no more turns, and its `problem` is set.
+
+    A turn is one sample, or up to `MAX_TURN` that together take at most `TURN` of the time of the
+    slowest one's sample.
 
     Args:
         timers: by name.
-        budget: seconds for all rounds; there are at least MIN_ROUNDS, at most MAX_ROUNDS.
+        budget: seconds for all rounds; there are at least `MIN_ROUNDS`, or `FEW` of them if these
+            take less than `FEW_SECONDS`, and at most `MAX_ROUNDS`.
     """
     samples: dict[str, list[float]] = {name: [] for name in timers}
+    turns = dict.fromkeys(timers, 1)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -118,10 +144,20 @@ def take_turns(timers: Mapping[str, Timer], budget: float) -> dict[str, list[flo
         start = time.perf_counter()
         for round_ in range(MAX_ROUNDS):
             spent = time.perf_counter() - start
-            if round_ >= MIN_ROUNDS and spent * (round_ + 1) / round_ > budget:
+            allowed = budget if round_ >= FEW else max(budget, FEW_SECONDS)
+            if round_ >= MIN_ROUNDS and spent * (round_ + 1) / round_ > allowed:
                 break
-            for name, timer in timers.items():
-                samples[name].append(timer.sample())
+            running = {name: timer for name, timer in timers.items() if timer.problem is None}
+            for name, timer in running.items():
+                try:
+                    samples[name] += [timer.sample() for _ in range(turns[name])]
+                except Exception as problem:
+                    timer.problem = problem
+            if round_ == 0:
+                longest = TURN * max(timer.length for timer in running.values())
+                for name, timer in running.items():
+                    if timer.problem is None:
+                        turns[name] = max(1, min(MAX_TURN, int(longest / timer.length)))
     finally:
         if collecting:
             gc.enable()
@@ -145,7 +181,12 @@ def peak_memory(call: Work, device: torch.device) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell stderr of each start and stop
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        call()
+        # without the ops: they are most of what it records
+        _enable_record_function(False)
+        try:
+            call()
+        finally:
+            _enable_record_function(True)
     recorded = profiler.profiler.kineto_results.events() if profiler.profiler else []
     changes = [(e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]"]
     return int(max(accumulate((n for _, n in sorted(changes)), initial=0)))

@@ -1,14 +1,15 @@
 """Is one result slower than another, beyond noise?
 
-What other processes take away only ever adds time, so the quick quarter of the samples is steadier
-than their middle: times are compared by their first quartiles. A provider got slower only if three
-things agree: the lower end of the ratio's 99 % bootstrap interval is above 1 + `MIN_EFFECT`; it
-still is after division by how much longer the calibration took, a fixed piece of work sampled in
-the same rounds, so that a slower machine is not taken for slower code; and so is the ratio of the
-fastest samples. A real slowdown shows in all of them.
+Samples of one moment are disturbed together: what counts is how the passes of a run differ, not the
+samples within one. What other processes take away only ever adds time, so a pass is as quick as the
+quickest tenth of its samples. A provider surely takes r times as long if the *best* pass of `after`
+takes r times as long as the *middle* pass of `before`, both in seconds and in units of the
+calibration, a fixed piece of work sampled in the same rounds, so that a slower machine is not taken
+for slower code. One bad pass in either result changes nothing; a real slowdown is in all of them.
 
-The smallest of the three is what a row claims. Rows that are not fastppo's run code that did not
-change, so what they claim is noise: fastppo's claims must be larger than the largest of theirs.
+Rows that are not fastppo's run code that did not change, so what they surely take longer is noise:
+a provider of fastppo got slower if it surely takes longer than the largest of theirs, and than
+1 + `MIN_EFFECT`. Of a row that was measured in one pass, the parts in time are taken for passes.
 
 Memory is compared too: more than a quarter, and more than `MIN_BYTES`, is a change.
 """
@@ -19,6 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +31,10 @@ from fastppo.benchmarks.tables import OURS, bytes_text, seconds_text, table
 
 MIN_EFFECT = 0.10
 MIN_BYTES = 32 << 20
-RESAMPLES, CONFIDENCE = 2000, 0.99
-QUARTER = 0.25
+QUICK, PARTS = 0.1, 3
 NOT_HARDWARE = ("driver", "cuda")  # software, named with the versions
 
-Floats = NDArray[np.float64]
+Samples = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ class Change:
     """One provider of one case and size in two results.
 
     Args:
-        before, after: seconds, the first quartiles of the samples.
-        ratio: after over before; low, high: its bootstrap interval.
+        before, after: seconds, of the quickest tenth of all samples; ratio: of them.
+        surely: how many times as long it surely takes.
         verdict: "slower", "faster", "more memory", "no longer ok", or "" for no change.
         note: what changed, where it is not time.
     """
@@ -51,8 +52,7 @@ class Change:
     before: float
     after: float
     ratio: float
-    low: float
-    high: float
+    surely: float
     verdict: str
     note: str = ""
 
@@ -77,42 +77,33 @@ def compare(before: Result, after: Result) -> list[Change]:
         if row.provider == COPY or earlier is None or earlier.status != "ok":
             continue
         if row.status == "ok":
-            changes.append(_change(earlier, row, _cell_drift(before, after, row), limit))
+            changes.append(_change(_times(before, earlier), _times(after, row), limit))
         elif row.status in BAD or row.status == "out of memory":
-            blank = (earlier.median, math.nan, math.nan, math.nan, math.nan)
+            blank = (_times(before, earlier).quick, math.nan, math.nan, math.nan)
             note = f"{row.status}: {row.note}"
             changes.append(Change(row.key, *blank, "no longer ok", note))
     return changes
 
 
 def noise(before: Result, after: Result) -> float:
-    """The largest slowdown that rows claim whose code did not change; 1 where there are none."""
-    old = {row.key: row for row in before.rows if row.seconds}
+    """The largest slowdown of rows whose code did not change; 1 where there are none."""
+    old = {row.key: _times(before, row) for row in before.rows if row.seconds}
     claims = [
-        _claim(old[row.key], row, _cell_drift(before, after, row))
+        _surely(old[row.key], _times(after, row))
         for row in after.rows
         if row.seconds and row.key in old and not row.provider.startswith(OURS)
     ]
     return max(claims, default=1.0)
 
 
-def _cell_drift(before: Result, after: Result, row: Row) -> float:
-    cell = f"{row.case} {row.size}"
-    return _drift(before.calibration.get(cell, ()), after.calibration.get(cell, ()))
-
-
 def drift(before: Result, after: Result) -> float:
-    """How much longer the calibration took: the median over cases."""
-    shared = [cell for cell in before.calibration if after.calibration.get(cell)]
-    ratios = [_drift(before.calibration[cell], after.calibration[cell]) for cell in shared]
+    """How much longer the calibration took: the median over cases; NaN where it was not sampled."""
+    ratios = [
+        _quick(np.concatenate(samples)) / _quick(np.concatenate(before.calibration[cell]))
+        for cell, samples in after.calibration.items()
+        if samples and before.calibration.get(cell)
+    ]
     return median(ratios) if ratios else math.nan
-
-
-def _drift(before: Sequence[float], after: Sequence[float]) -> float:
-    """Of one case and size; 1 where it was not sampled."""
-    if not before or not after:
-        return 1.0
-    return float(np.quantile(after, QUARTER) / np.quantile(before, QUARTER))
 
 
 def report(before: Result, after: Result, changes: Sequence[Change]) -> str:
@@ -124,12 +115,12 @@ def report(before: Result, after: Result, changes: Sequence[Change]) -> str:
             seconds_text(c.before),
             "" if math.isnan(c.after) else seconds_text(c.after),
             "" if math.isnan(c.ratio) else f"{c.ratio:.2f}",
-            "" if math.isnan(c.low) else f"{c.low:.2f}–{c.high:.2f}",
+            "" if math.isnan(c.surely) else f"{c.surely:.2f}",
             c.verdict or "same",
         ]
         for c in order
     ]
-    header = ("case / size / provider", "before", "after", "ratio", "99 % interval", "verdict")
+    header = ("case / size / provider", "before", "after", "ratio", "surely", "verdict")
     parts = [
         table(header, lines),
         f"{CALIBRATION}: {drift(before, after):.2f} times as long; noise, by the others' rows: "
@@ -166,35 +157,52 @@ def _check_comparable(before: Result, after: Result) -> None:
         )
 
 
-def _change(a: Row, b: Row, slower_machine: float, limit: float) -> Change:
-    quick = tuple(float(np.quantile(row.seconds, QUARTER)) for row in (a, b))
-    low, high = _interval(np.asarray(a.seconds), np.asarray(b.seconds))
+class _Times(NamedTuple):
+    """How quick a row is: by all its samples, and pass by pass in two units."""
+
+    row: Row
+    quick: float
+    seconds: Sequence[float]
+    calibrated: Sequence[float]
+
+
+def _times(result: Result, row: Row) -> _Times:
+    passes = np.split(np.asarray(row.seconds), np.cumsum(row.passes[:-1]))
+    units = list(map(np.asarray, result.calibration.get(f"{row.case} {row.size}", ())))
+    if len(passes) == 1:
+        passes, units = _parts(passes), _parts(units)
+    seconds = [_quick(samples) for samples in passes]
+    calibrated = seconds
+    if len(units) == len(seconds):
+        calibrated = [s / _quick(unit) for s, unit in zip(seconds, units, strict=True)]
+    return _Times(row, _quick(np.asarray(row.seconds)), seconds, calibrated)
+
+
+def _parts(passes: list[Samples]) -> list[Samples]:
+    """One pass in parts, in order of time."""
+    return [part for samples in passes for part in np.array_split(samples, PARTS) if len(part)]
+
+
+def _quick(samples: Samples) -> float:
+    return float(np.quantile(samples, QUICK))
+
+
+def _surely(a: _Times, b: _Times) -> float:
+    """How many times as long b surely takes."""
+    return min(
+        min(b.seconds) / median(a.seconds),
+        min(b.calibrated) / median(a.calibrated),
+    )
+
+
+def _change(a: _Times, b: _Times, limit: float) -> Change:
+    surely = _surely(a, b)
     verdict = note = ""
-    if _claim(a, b, slower_machine) > limit:
+    if surely > limit:
         verdict = "slower"
-    elif _claim(b, a, 1 / slower_machine) > limit:
+    elif _surely(b, a) > limit:
         verdict = "faster"
-    old, new = a.peak_bytes or 0, b.peak_bytes or 0
+    old, new = a.row.peak_bytes or 0, b.row.peak_bytes or 0
     if verdict != "slower" and old and new > 1.25 * old and new > old + MIN_BYTES:
         verdict, note = "more memory", f"{bytes_text(old)} before, {bytes_text(new)} now"
-    return Change(a.key, quick[0], quick[1], quick[1] / quick[0], low, high, verdict, note)
-
-
-def _claim(a: Row, b: Row, slower_machine: float) -> float:
-    """How many times as long b surely took."""
-    before, after = np.asarray(a.seconds), np.asarray(b.seconds)
-    low, _ = _interval(before, after)
-    return min(low, low / slower_machine, float(after.min() / before.min()))
-
-
-def _interval(before: Floats, after: Floats) -> tuple[float, float]:
-    """Bootstrap interval of the ratio of first quartiles."""
-    rng = np.random.default_rng(0)
-
-    def quartiles(x: Floats) -> Floats:
-        drawn = rng.choice(x, (RESAMPLES, len(x)))
-        return np.asarray(np.quantile(drawn, QUARTER, axis=1), np.float64)
-
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(quartiles(after) / quartiles(before), (tail, 1 - tail))
-    return float(low), float(high)
+    return Change(a.row.key, a.quick, b.quick, b.quick / a.quick, surely, verdict, note)

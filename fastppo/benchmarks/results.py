@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from fastppo.profiling.meta import Ceilings
 
-SCHEMA = 1
+SCHEMA = 2
 
 Status = Literal["ok", "missing", "out of memory", "failed", "wrong", "impossible"]
 BAD: tuple[Status, ...] = ("failed", "wrong", "impossible")
@@ -34,6 +34,7 @@ class Row:
             wrong.
         note: why it is not ok, or what else a reader should know.
         seconds: of one call, every sample.
+        passes: how many of the samples were taken in each pass, in order; empty: all in one.
         mode: how they were taken: perf_counter, events, graph.
         error, allowed: of the answer against float64; None where it was not checked.
         bytes, flops: of one call at least; the formulas are those of the case.
@@ -48,6 +49,7 @@ class Row:
     note: str = ""
     axis: float | None = None
     seconds: Sequence[float] = ()
+    passes: Sequence[int] = ()
     mode: str = ""
     error: float | None = None
     allowed: float | None = None
@@ -108,8 +110,8 @@ class Result:
         machine: device, cpu, cores, threads, and on CUDA driver and cuda.
         versions: of python, fastppo, torch and whatever else was timed.
         ceilings: the best measured in the run.
-        calibration: seconds of a fixed piece of work, (case, size) by (case, size), sampled in
-            turn with the providers: what `compare` tells a slower machine by.
+        calibration: seconds of a fixed piece of work, (case, size) by (case, size) and pass by
+            pass, sampled in turn with the providers: what `compare` tells a slower machine by.
     """
 
     commit: str
@@ -120,7 +122,7 @@ class Result:
     versions: Mapping[str, str]
     ceilings: Ceilings
     rows: tuple[Row, ...]
-    calibration: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    calibration: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     @property
     def bad(self) -> list[Row]:
@@ -160,7 +162,8 @@ class Result:
 
 
 def _row(value: dict[str, Any]) -> Row:
-    row = Row(**{**value, "seconds": tuple(map(float, value["seconds"]))})
+    seconds, passes = tuple(map(float, value["seconds"])), tuple(map(int, value["passes"]))
+    row = Row(**{**value, "seconds": seconds, "passes": passes})
     name = "/".join(row.key)
     if row.status not in get_args(Status):
         raise ValueError(f"{name}: unknown status {row.status!r}")
@@ -168,4 +171,6 @@ def _row(value: dict[str, Any]) -> Row:
         raise ValueError(f"{name}: is ok without samples")
     if not all(0 < s < math.inf for s in row.seconds):
         raise ValueError(f"{name}: samples are not positive numbers")
+    if passes and sum(passes) != len(seconds):
+        raise ValueError(f"{name}: {len(seconds)} samples, but {sum(passes)} in its passes")
     return row

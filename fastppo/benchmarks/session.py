@@ -1,4 +1,8 @@
-"""A whole run: every case at every size of a name, one after the other."""
+"""A whole run: every case at every size of a name, one after the other, and that again.
+
+Samples of one moment are disturbed together, so each case and size is measured in passes, with all
+the others in between. What is slow is measured once (`Cell`).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from fastppo.benchmarks.clock import steady_allocator
 from fastppo.benchmarks.machine import describe_machine, find_versions, source_state
 from fastppo.benchmarks.registry import Case
 from fastppo.benchmarks.results import Result, Row
-from fastppo.benchmarks.run import Roof, run_case
+from fastppo.benchmarks.run import Cell, Roof
 from fastppo.benchmarks.tables import seconds_text
 from fastppo.device import free_memory
 
@@ -24,16 +28,18 @@ def run_cases(
     *,
     command: str,
     budget: float,
+    passes: int,
     seed: int = 0,
     say: Callable[[str], object] = print,
 ) -> Iterator[Result]:
-    """Measure; after each case and size, the result so far.
+    """Measure; after each pass of a case and size, the result so far.
 
     Args:
         cases: in order.
         sizes: smoke, cpu or gpu; cases that have none of that name are left out.
         command: that was typed, for the record.
-        budget: seconds of timed rounds for one case at one size.
+        budget: seconds of timed rounds for one case at one size, all passes together.
+        passes: how often everything is measured.
         seed: of the inputs.
         say: where lines about progress go.
     """
@@ -55,27 +61,29 @@ def run_cases(
         rows=(),
         calibration={},
     )
-    for case, size in work:
-        say(f"{case.name}, {size.text}")
-        try:
-            rows, calibration = run_case(case, size, roof, budget, seed)
-        except Exception as error:  # inputs or reference: the other cases go on
-            text = f"{type(error).__name__}: {error}"
-            failed = Row(
-                case=case.name, size=size.text, provider="reference", status="failed", note=text
+    cells = [Cell(case, size, roof, seed) for case, size in work]
+    rows: dict[str, list[Row]] = {}
+    for number in range(1, passes + 1):
+        for cell in cells:
+            say(cell.name + (f", pass {number} of {passes}" if number > 1 else ""))
+            try:
+                cell.measure(budget / passes, last=number == passes)
+            except Exception as error:  # inputs or reference: the other cases go on
+                cell.fail(error)
+            finally:
+                free_memory(device)
+            if cell.finished or number == 1:
+                for row in cell.rows:
+                    say(f"  {_line(row)}")
+            rows[cell.name] = cell.rows
+            result = replace(
+                result,
+                ceilings=roof.ceilings,
+                rows=tuple(row for found in rows.values() for row in found),
+                calibration={**result.calibration, cell.name: cell.calibration},
             )
-            rows, calibration = [failed], []
-        finally:
-            free_memory(device)
-        for row in rows:
-            say(f"  {_line(row)}")
-        result = replace(
-            result,
-            ceilings=roof.ceilings,
-            rows=(*result.rows, *rows),
-            calibration={**result.calibration, f"{case.name} {size.text}": calibration},
-        )
-        yield result
+            yield result
+        cells = [cell for cell in cells if not cell.finished]
 
 
 def _line(row: Row) -> str:

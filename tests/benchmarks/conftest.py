@@ -9,7 +9,7 @@ import torch
 
 from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Provider, Size
 from fastppo.benchmarks.results import Result
-from fastppo.benchmarks.run import Roof, run_case
+from fastppo.benchmarks.run import Cell, Roof
 
 CPU = torch.device("cpu")
 
@@ -44,16 +44,17 @@ def roof() -> Roof:
     return Roof(CPU)
 
 
-Measure = Callable[[Case], Result]
+Measure = Callable[..., Result]
 
 
 @pytest.fixture(scope="session")
 def measure(roof: Roof) -> Measure:
     """Runs the first smoke size of a case."""
 
-    def run(case: Case, budget: float = 0.2) -> Result:
-        size = case.sizes["smoke"][0]
-        rows, calibration = run_case(case, size, roof, budget)
+    def run(case: Case, budget: float = 0.2, passes: int = 1) -> Result:
+        cell = Cell(case, case.sizes["smoke"][0], roof)
+        for number in range(1, passes + 1):
+            cell.measure(budget / passes, last=number == passes)
         return Result(
             commit="",
             dirty=False,
@@ -62,8 +63,8 @@ def measure(roof: Roof) -> Measure:
             machine={"device": "cpu", "threads": 1},
             versions={"torch": torch.__version__},
             ceilings=roof.ceilings,
-            rows=tuple(rows),
-            calibration={f"{case.name} {size.text}": calibration},
+            rows=tuple(cell.rows),
+            calibration={cell.name: cell.calibration},
         )
 
     return run

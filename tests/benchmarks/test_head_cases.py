@@ -13,7 +13,7 @@ import torch
 from fastppo.benchmarks import head
 from fastppo.benchmarks.check import Judge
 from fastppo.benchmarks.registry import Call, Case, Inputs, Provider, Size, in_float64, select_cases
-from fastppo.benchmarks.run import Roof, run_case
+from fastppo.benchmarks.run import Cell, Roof
 from fastppo.profiling.meta import Ceilings
 
 CPU = torch.device("cpu")
@@ -115,8 +115,9 @@ def test_rows_name_a_wrong_gradient_and_an_absent_peer() -> None:
         "TRL kernel": case.providers["TRL kernel"],
     }
     changed = dataclasses.replace(case, providers=providers)
-    rows, _ = run_case(changed, case.sizes["smoke"][0], roof(), budget=0.05)
-    found = {row.provider: row for row in rows}
+    cell = Cell(changed, case.sizes["smoke"][0], roof())
+    cell.measure(budget=0.05)
+    found = {row.provider: row for row in cell.rows}
     assert found["fastppo"].status == found["torch"].status == "ok"
     for name, result in (("hidden", "grad hidden"), ("weight", "grad weight")):
         assert found[name].status == "wrong"

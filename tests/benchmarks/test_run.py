@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fastppo.benchmarks.check import largest_error
-from fastppo.benchmarks.clock import Timer, peak_memory, take_turns
+from fastppo.benchmarks.clock import LONG_CALL, Timer, peak_memory, take_turns
 from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Provider, Size, select_cases
 from fastppo.benchmarks.results import Result, Row
-from fastppo.benchmarks.run import COPY, Roof
+from fastppo.benchmarks.run import COPY, Cell, Roof
 
 CPU = torch.device("cpu")
 Measure = Callable[..., Result]
@@ -86,6 +86,54 @@ def test_changing_the_inputs_is_noticed_after_timing(case: Case, measure: Measur
     assert row.status == "wrong" and row.note.startswith("after timing: y")
 
 
+def test_a_pass_makes_inputs_and_calls_anew_and_checks_each(case: Case, roof: Roof) -> None:
+    made: list[str] = []
+
+    def inputs(size: Size, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+        made.append("inputs")
+        return dict(case.inputs(size, device, seed))
+
+    def reference(x: Inputs, size: Size) -> dict[str, torch.Tensor]:
+        made.append("reference")
+        return dict(case.reference(x, size))
+
+    def wrong_when_prepared_again(x: Inputs, size: Size) -> Call:
+        made.append("prepared")
+        error = 0.0 if made.count("prepared") == 1 else 1.0
+        return lambda: {"y": x["x"].cumsum(0) + error}
+
+    watched = replace(case, inputs=inputs, reference=reference)
+    watched = with_provider(watched, "late", Provider(prepare=wrong_when_prepared_again))
+    cell = Cell(watched, case.sizes["smoke"][0], roof)
+    for number in range(3):
+        cell.measure(0.05, last=number == 2)
+        assert len(cell.calibration) == number + 1
+        assert cell.finished == (number == 2)
+    assert made == ["inputs", "reference", "prepared", "inputs", "prepared", "inputs"]
+    rows = {row.provider: row for row in cell.rows}
+    assert rows["late"].status == "wrong" and len(rows["late"].passes) == 1
+    for name in ("fastppo", "torch", COPY):
+        assert len(rows[name].passes) == 3 and sum(rows[name].passes) == len(rows[name].seconds)
+
+
+def test_what_is_slow_is_measured_in_one_pass(
+    case: Case, roof: Roof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastppo.benchmarks.run.LONG_ROUND", 0.2)
+
+    def slow(x: Inputs, size: Size) -> Call:
+        def call() -> dict[str, torch.Tensor]:
+            time.sleep(0.2)
+            return {"y": x["x"].cumsum(0)}
+
+        return call
+
+    cell = Cell(with_provider(case, "slow", Provider(prepare=slow)), case.sizes["smoke"][0], roof)
+    cell.measure(0.05, last=False)
+    assert cell.finished
+    assert {row.provider: len(row.seconds) for row in cell.rows}["slow"] == 3
+
+
 def test_missing_results_and_nan_never_pass() -> None:
     ones = {"y": torch.ones(3)}
     assert largest_error(ones, ones).size == 0
@@ -122,6 +170,19 @@ def test_a_peer_that_raises_fails_and_the_others_go_on(case: Case, measure: Meas
     assert row_of(result, "fastppo").status == "ok"
 
 
+def test_a_call_that_works_only_once_fails_and_the_others_go_on(
+    case: Case, measure: Measure
+) -> None:
+    def once(x: Inputs, size: Size) -> Call:
+        answers = [{"y": x["x"].cumsum(0)}]
+        return lambda: answers.pop()
+
+    result = measure(with_provider(case, "once", Provider(prepare=once)))
+    row = row_of(result, "once")
+    assert (row.status, row.note) == ("failed", "IndexError: pop from empty list")
+    assert not row.seconds and len(row_of(result, "fastppo").seconds) >= 10
+
+
 def test_faster_than_the_ceilings_is_a_mistake_in_the_accounting(
     case: Case, measure: Measure
 ) -> None:
@@ -154,25 +215,43 @@ def test_the_clock_is_right_about_work_of_a_known_length() -> None:
         "two sets": Timer([wait(0.0004), wait(0.0)], CPU),  # a sample is a mean over both
     }
     samples = take_turns(timers, budget=0.5)
-    assert len(samples["short"]) == len(samples["two sets"]) >= 3
+    assert min(map(len, samples.values())) >= 3
     for name, seconds in (("short", 0.0001), ("two sets", 0.0002)):  # others only ever add time
         assert 0.999 * seconds <= min(samples[name]) <= 1.3 * seconds
 
 
-def test_timers_take_turns() -> None:
+def noting(order: list[str], name: str, seconds: float) -> Callable[[], None]:
+    def work() -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    return work
+
+
+def test_timers_take_turns_and_a_long_call_is_a_sample_at_once() -> None:
     order: list[str] = []
-
-    def note(name: str) -> Callable[[], None]:
-        def work() -> None:
-            order.append(name)
-            time.sleep(0.011)  # longer than a sample, so each sample is one call
-
-        return work
-
-    timers = {name: Timer([note(name)], CPU) for name in "ab"}
-    order.clear()
-    take_turns(timers, budget=0.01)
+    timers = {name: Timer([noting(order, name, 2 * LONG_CALL)], CPU) for name in "ab"}
+    assert not order
+    samples = take_turns(timers, budget=0.01)
     assert order == list("ababab")
+    assert [len(found) for found in samples.values()] == [3, 3]
+
+
+def test_quick_rounds_are_at_least_ten() -> None:
+    samples = take_turns({"q": Timer([noting([], "q", 0.004)], CPU)}, budget=1e-3)
+    assert len(samples["q"]) == 10
+
+
+def test_the_quick_take_several_samples_beside_the_slow() -> None:
+    order: list[str] = []
+    timers = {
+        "q": Timer([noting(order, "q", 0.004)], CPU),
+        "s": Timer([noting(order, "s", 0.35)], CPU),
+    }
+    samples = take_turns(timers, budget=0.01)
+    turns = "".join(order).split("s")[1:3]
+    assert len(samples["s"]) == 3 and len(samples["q"]) == 1 + sum(map(len, turns))
+    assert len(set(turns)) == 1 and 2 <= len(turns[0]) <= 8  # together at most 0.035 s
 
 
 def test_peak_memory_sees_what_a_call_keeps() -> None:

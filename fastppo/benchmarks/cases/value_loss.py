@@ -69,7 +69,7 @@ CASES = (
         name="value_loss",
         sizes={
             "smoke": [Size(N=1000)],
-            "cpu": [Size(N=4096), Size(N=65_536)],
+            "cpu": [Size(N=65_536)],
             "gpu": [Size(N=65_536), Size(N=1_048_576)],
         },
         inputs=inputs,
