@@ -177,7 +177,7 @@ def test_figures_follow_the_results(figures: Any, tmp_path: Path) -> None:
     path = tmp_path / "results" / "ops-cpu" / "result.json"
     result = Result.load(path)
     slower = [
-        dataclasses.replace(row, seconds=[1234.0], peak_bytes=5_670_000)
+        dataclasses.replace(row, seconds=[1234.0], passes=(), peak_bytes=5_670_000)
         if row.key[0] == "linear_ppo_loss" and row.provider == "fastppo"
         else row
         for row in result.rows
