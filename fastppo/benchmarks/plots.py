@@ -106,9 +106,12 @@ def _panel(
         axis.set_xscale("log")
         axis.set_xlim(min(row.median for row in rows) / 3, max(ends) * 8)
         axis.xaxis.set_minor_locator(NullLocator())
-    else:
-        axis.set_xlim(0, 1.3 * max(ends) or 1)
+    elif any(ends):
+        axis.set_xlim(0, 1.3 * max(ends))
         axis.locator_params(axis="x", nbins=4)
+    else:  # nothing was measured
+        axis.set_xlim(0, 1)
+        axis.set_xticks([])
     axis.set_yticks(range(len(rows)), [row.provider for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.tick_params(axis="y", length=0)
