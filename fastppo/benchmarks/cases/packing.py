@@ -120,7 +120,7 @@ CASES = (
         name="packing",
         sizes={
             "smoke": [Size(B=8, P=16, R=32)],
-            "cpu": [Size(B=512, P=256, R=1792), Size(B=4096, P=32, R=32)],
+            "cpu": [Size(B=128, P=256, R=1792), Size(B=4096, P=32, R=32)],
         },
         inputs=inputs,
         reference=lambda x, size: numpy_code(x, size)(),
