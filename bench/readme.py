@@ -192,6 +192,7 @@ def origin_of(result: Result, where: str) -> str:
 def origin(command: str, hardware: str, torch: str, date: str, commit: str, where: str) -> str:
     """The command that printed it, without the paths of its machine; then where, when, the rest."""
     command = re.sub(r" --[\w-]+[ =]/\S+", "", command)
+    command = re.sub(r"^(?=bench/)", "python ", command)
     lines = " \\\n  ".join(textwrap.wrap(command, 96, break_on_hyphens=False))
     at = f"{hardware}; torch {torch}; {date[:10]}, commit {commit[:7]}"
     text = paragraph(f"{at}; [every sample]({RESULTS}/{where}).")

@@ -228,7 +228,7 @@ def test_iterations_beside_trl_are_in_the_readme_once_kept(figures: Any, tmp_pat
     times = ["1.00 s", "1.00 s", "2.00 s", "4.00 s"]
     assert cells["fastppo, bf16, shared trunk"] == [*times, "4.00", "4.00 GB"]
     assert cells["fastppo, fp32"][-2:] == ["1.50", "7.00 GB"]
-    assert "```sh\nbench/end_to_end/compare.py --rounds 2\n```" in made
+    assert "```sh\npython bench/end_to_end/compare.py --rounds 2\n```" in made
     assert "one, 2 threads, AVX512; torch 2.13.0; 2026-01-02, commit 0123456" in made
     assert figures.filled(made, tmp_path) == made
     assert figures.filled(made, tmp_path / "none") == "<!-- figures: end-to-end -->\n<!-- end -->\n"
