@@ -21,8 +21,8 @@ from fastppo.benchmarks.machine import find_versions
 from fastppo.benchmarks.registry import Case, Inputs, Size
 from fastppo.benchmarks.results import Row
 from fastppo.benchmarks.run import IMPOSSIBLE, Roof, copy_of_as_many_bytes
-from fastppo.device import describe, resolve_device
 from fastppo.profiling.ceilings import synchronize
+from fastppo.training.device import describe, resolve_device
 
 SECONDS, MIN_ROUNDS, MAX_ROUNDS = 1.0, 3, 50
 

@@ -28,16 +28,17 @@ from tempfile import TemporaryDirectory
 import torch
 import tyro
 
-from fastppo import __version__, interrupts
-from fastppo.config import TrainConfig
-from fastppo.device import describe
-from fastppo.metrics import PhaseTimer
-from fastppo.options import parse_config
+from fastppo import __version__
+from fastppo.cli.options import parse_config
+from fastppo.ppo.build import build_trainer
+from fastppo.ppo.config import TrainConfig
+from fastppo.ppo.state import Iteration
+from fastppo.ppo.trainer import PPOTrainer
 from fastppo.profiling.collect import Marks, collect
 from fastppo.profiling.syncs import SyncCounter
-from fastppo.state import Iteration
-from fastppo.train import build_trainer
-from fastppo.trainer import PPOTrainer
+from fastppo.training import interrupts
+from fastppo.training.device import describe
+from fastppo.training.metrics import PhaseTimer
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "arithmetic.toml"
 

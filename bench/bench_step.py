@@ -31,12 +31,12 @@ import tyro
 from torch import Tensor
 
 from fastppo import PackedBatch, PPOConfig, PPOStep, __version__
-from fastppo.device import describe
-from fastppo.models import load_model
-from fastppo.optim import apply_step, grad_norm, make_adamw
+from fastppo.models.loading import load_model
 from fastppo.rewards import Rewards
-from fastppo.rollout import Sampling
-from fastppo.rollout.transformers import TransformersEngine
+from fastppo.rollout.engine import Sampling
+from fastppo.rollout.packed import PackedEngine
+from fastppo.training.device import describe
+from fastppo.training.optim import apply_step, grad_norm, make_adamw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ def phases(step: PPOStep, options: Options, batch: PackedBatch) -> dict[str, flo
         )
     ]
     sampling = Sampling(temperature=1.0, max_new_tokens=32, eos_token_ids=(2,), seed=options.seed)
-    engine = TransformersEngine(step.policy)
+    engine = PackedEngine(step.policy)
     rewards = Rewards([lambda completions, **_: [float(len(c)) for c in completions]])
     texts = [" ".join(map(str, r)) for r in batch.unpack(batch.targets)]
     responses = batch.unpack(batch.targets)

@@ -20,13 +20,13 @@ from typing import Literal
 
 import tyro
 
-from fastppo.benchmarks.command import BUDGET, PASSES
 from fastppo.benchmarks.compare import compare, drift, noise
 from fastppo.benchmarks.registry import Call, Case, Inputs, Outputs, Provider, Size, select_cases
 from fastppo.benchmarks.results import Result, Row
 from fastppo.benchmarks.session import run_cases
 from fastppo.benchmarks.tables import OURS
-from fastppo.device import resolve_device
+from fastppo.cli.bench import BUDGET, PASSES
+from fastppo.training.device import resolve_device
 
 SMALL, LARGE = 1.3, 2.0
 

@@ -9,7 +9,7 @@ import sys
 
 from fastppo.benchmarks.check import Judge
 from fastppo.benchmarks.registry import all_cases
-from fastppo.device import resolve_device
+from fastppo.training.device import resolve_device
 
 
 def main(device_name: str) -> None:

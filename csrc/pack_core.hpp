@@ -1,7 +1,7 @@
 // Packing of ragged sequences into one arena. No Python here.
 //
 // The layouts (B sequences, T prompt + response tokens, N response tokens) are those of
-// fastppo/packing.py. Every field of a packed batch lives in one arena; every field starts on a
+// fastppo/data/sequences.py. Every field of a packed batch lives in one arena; every field starts on a
 // multiple of kAlignment bytes, so that one copy moves the batch and every typed view is aligned.
 // Errors are std::invalid_argument with "name: expected ..., got ...".
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "PPOConfig": "fastppo.config",
+    "PPOConfig": "fastppo.ppo.config",
     "PPOLossConfig": "fastppo.ops",
-    "PPOStep": "fastppo.step",
-    "PPOTrainer": "fastppo.trainer",
-    "PackedBatch": "fastppo.packing",
+    "PPOStep": "fastppo.ppo.step",
+    "PPOTrainer": "fastppo.ppo.trainer",
+    "PackedBatch": "fastppo.data.sequences",
     "ops": "fastppo.ops",
 }
 
@@ -24,11 +24,11 @@ __all__ = ["PPOConfig", "PPOLossConfig", "PPOStep", "PPOTrainer", "PackedBatch",
 
 if TYPE_CHECKING:
     from fastppo import ops
-    from fastppo.config import PPOConfig
+    from fastppo.data.sequences import PackedBatch
     from fastppo.ops import PPOLossConfig
-    from fastppo.packing import PackedBatch
-    from fastppo.step import PPOStep
-    from fastppo.trainer import PPOTrainer
+    from fastppo.ppo.config import PPOConfig
+    from fastppo.ppo.step import PPOStep
+    from fastppo.ppo.trainer import PPOTrainer
 
 
 def __getattr__(name: str) -> Any:

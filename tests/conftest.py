@@ -61,7 +61,7 @@ def root() -> Path:
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, prompts, a reward and a configuration that names them."""
     folder = tmp_path_factory.mktemp("template")
-    from fastppo.demo import WORDS, tiny_model, word_tokenizer
+    from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 
     tiny_model(len(WORDS), seed=0).save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
@@ -91,7 +91,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """`fastppo ARGUMENTS` in this process and in a project's folder."""
 
     def run(project: Path, *arguments: str | Path) -> Done:
-        from fastppo.cli import main
+        from fastppo.cli.main import main
 
         capsys.readouterr()
         with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,7 @@
-"""The package as a whole: importing costs nothing, and modules depend on each other one way only.
+"""The package as a whole: importing costs nothing, and imports go down the floors, one way only.
 
-The direction: cli → trainer → {step, rollout, rewards, checkpoint, metrics},
-step → {policy, packing, ops}, ops → fastppo_kernels, {packing, ops} → _C.
+Every module is found in the tree; what is written here is the order of the folders (docs in
+CONTRIBUTING.md, "Layout"). An import for types counts like any other.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ import fastppo
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# A module (with its submodules) never reaches, through any chain of imports, another one on its
-# own level or above. Modules not named here serve one of these and are followed on the way.
-LEVELS = (
-    ("fastppo_kernels", "fastppo._C"),
-    ("fastppo.packing", "fastppo.ops"),
-    ("fastppo.policy",),
-    (
-        "fastppo.step",
-        "fastppo.rollout",
-        "fastppo.rewards",
-        "fastppo.checkpoint",
-        "fastppo.metrics",
-    ),
-    ("fastppo.trainer",),
-    ("fastppo.cli",),
+# From the top down. A module imports what is in its own folder or on a floor below, never what is
+# above or beside it on the same floor.
+FLOORS = (
+    ("cli",),
+    ("benchmarks",),
+    ("profiling",),
+    ("ppo",),
+    ("rollout",),
+    ("rewards",),
+    ("training",),
+    ("models",),
+    ("data",),
+    ("checkpoint", "reporting"),
+    ("ops",),
 )
-# Who may import these directly. ops calls _C for what torch cannot express well on a CPU, such as a
+# Who may import these. ops calls _C for what torch cannot express well on a CPU, such as a
 # recurrence over time: _C is to the CPU what fastppo_kernels is to a GPU, and both stay behind the
-# one layer that dispatches by device. profile prints what the kernels compile to.
+# one layer that dispatches by device. data packs with it. `fastppo profile` prints what the kernels
+# compile to.
 DOORS = {
-    "fastppo_kernels": ("fastppo_kernels", "fastppo.ops", "fastppo.profile"),
-    "fastppo._C": ("fastppo.packing", "fastppo.ops"),
+    "fastppo_kernels": ("fastppo_kernels", "fastppo.ops", "fastppo.cli.profile"),
+    "fastppo._C": ("fastppo.data", "fastppo.ops"),
 }
 
 Graph = dict[str, set[str]]
@@ -54,41 +54,35 @@ def python_files(root: pathlib.Path) -> dict[str, pathlib.Path]:
     return files
 
 
-def imported_names(tree: ast.Module, module: str, is_package: bool) -> set[str]:
-    """Absolute names of everything a module imports at run time, wherever the statement stands."""
-    typing_only = {
-        id(node)
-        for guard in ast.walk(tree)
-        if isinstance(guard, ast.If) and "TYPE_CHECKING" in ast.unparse(guard.test)
-        for statement in guard.body
-        for node in ast.walk(statement)
-    }
-    names = set()
+def imported(tree: ast.Module, module: str, is_package: bool, known: set[str]) -> set[str]:
+    """The modules among `known` that a module imports, wherever the statement stands."""
+    found = set()
     for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 parents = module.split(".") if is_package else module.split(".")[:-1]
                 above = parents[: len(parents) - node.level + 1]
                 base = ".".join([*above, base]).rstrip(".")
-            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return names
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                if base == "fastppo" and alias.name in fastppo._PUBLIC:
+                    name = fastppo._PUBLIC[alias.name]
+                found.add(name if name in known else base)
+    return found & known - {module}
 
 
-def import_graph(root: pathlib.Path, public: dict[str, str]) -> Graph:
-    """Module → the modules of this project it imports; `public` are fastppo's lazy names."""
+def import_graph(root: pathlib.Path) -> Graph:
+    """Module → the modules of this project it imports."""
     files = python_files(root)
-    known = set(files) | {"fastppo._C"}
+    known = {*files, "fastppo._C"}
     graph: Graph = {"fastppo._C": set()}
     for module, path in files.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = imported_names(tree, module, path.name == "__init__.py")
-        lazy = {public[n.removeprefix("fastppo.")] for n in names if n[8:] in public}
-        graph[module] = (names | lazy) & known - {module}
+        graph[module] = imported(tree, module, path.name == "__init__.py", known)
+    graph["fastppo"] = set()  # its public names are loaded when they are asked for
     return graph
 
 
@@ -96,77 +90,132 @@ def belongs(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
 
 
-def reversed_arrows(graph: Graph) -> list[str]:
-    """Every chain of imports that goes up or sideways, as "a -> b -> c"."""
-    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+def folder(module: str) -> str:
+    """The folder of a module of fastppo; empty for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def wrong_arrows(graph: Graph) -> list[str]:
+    """Every import that goes up or sideways, or through a door that is not the module's."""
+    floor = {name: height for height, names in enumerate(FLOORS) for name in names}
     found = []
-    for start, height in level.items():
-        forbidden = [n for n, i in level.items() if i >= height and n != start]
-        chains = [[module] for module in graph if belongs(module, start)]
-        seen = {chain[0] for chain in chains}
-        while chains:
-            chain = chains.pop()
-            for target in sorted(graph[chain[-1]] - seen):
-                seen.add(target)
-                if any(belongs(target, name) for name in forbidden):
-                    found.append(" -> ".join([*chain, target]))
-                else:
-                    chains.append([*chain, target])
-    for door, allowed in DOORS.items():
-        for module, targets in graph.items():
-            if any(belongs(t, door) for t in targets) and not any(
-                belongs(module, name) for name in allowed
-            ):
-                found.append(f"{module} -> {door}")
+    for module, targets in graph.items():
+        for target in sorted(targets):
+            for door, allowed in DOORS.items():
+                if belongs(target, door) and not any(belongs(module, name) for name in allowed):
+                    found.append(f"{module} -> {target}")
+            if not (belongs(module, "fastppo") and belongs(target, "fastppo")):
+                continue
+            here, there = folder(module), folder(target)
+            if here and there and there != "_C" and here != there and floor[there] <= floor[here]:
+                found.append(f"{module} -> {target}")
     return found
 
 
-def test_no_arrow_is_reversed() -> None:
-    graph = import_graph(ROOT, fastppo._PUBLIC)
-    assert reversed_arrows(graph) == []
-    assert "fastppo._C" in graph["fastppo.packing"]  # the walk sees what is there
+def circles(graph: Graph) -> list[list[str]]:
+    """Groups of modules that import each other (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for target in graph[module]:
+            if target not in index:
+                visit(target)
+                low[module] = min(low[module], low[target])
+            elif target in stack:
+                low[module] = min(low[module], index[target])
+        if low[module] == index[module]:
+            at = stack.index(module)
+            group, stack[at:] = stack[at:], []
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in graph:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def test_every_folder_has_a_floor() -> None:
+    modules = [name for name in python_files(ROOT) if belongs(name, "fastppo") and "." in name]
+    assert {folder(name) for name in modules} == {name for names in FLOORS for name in names}
+
+
+def test_imports_go_down() -> None:
+    graph = import_graph(ROOT)
+    # The next commits take these away.
+    assert wrong_arrows(graph) == [
+        "fastppo.training.optim -> fastppo.ppo.config",
+        "fastppo.training.resume -> fastppo.ppo.config",
+    ]
+    assert circles(graph) == [
+        ["fastppo.models.policy", "fastppo.models.saving"],
+        ["fastppo.ppo.recovery", "fastppo.ppo.trainer"],
+    ]
+    assert "fastppo._C" in graph["fastppo.data.sequences"]  # the walk sees what is there
+    assert "fastppo.ops" in graph["fastppo.ppo.advantages"]
 
 
 @pytest.mark.parametrize(
-    ("module", "source", "chain"),
+    ("module", "source", "arrow"),
     [
-        ("packing", "import fastppo.trainer", "fastppo.packing -> fastppo.trainer"),
-        ("ops/gae", "from fastppo import PackedBatch", "fastppo.ops.gae -> fastppo.packing"),
-        ("ops/gae", "def f():\n    from ..packing import x", "fastppo.ops.gae -> fastppo.packing"),
-        ("policy", "from fastppo.middle import y", "fastppo.policy -> fastppo.middle -> fastppo.s"),
-        ("step", "from fastppo import _C", "fastppo.step -> fastppo._C"),
-        ("rollout/x", "from fastppo import rewards", "fastppo.rollout.x -> fastppo.rewards"),
-        ("step", "import fastppo_kernels.gae", "fastppo.step -> fastppo_kernels"),
+        ("data/x", "import fastppo.ppo.step", "fastppo.data.x -> fastppo.ppo.step"),
+        ("ops/gae", "from fastppo import PPOStep", "fastppo.ops.gae -> fastppo.ppo.step"),
+        (
+            "ops/gae",
+            "def f():\n    from ..ppo.step import x",
+            "fastppo.ops.gae -> fastppo.ppo.step",
+        ),
+        (
+            "checkpoint/x",
+            "import fastppo.reporting",
+            "fastppo.checkpoint.x -> fastppo.reporting",
+        ),
+        ("ppo/step", "from fastppo import _C", "fastppo.ppo.step -> fastppo._C"),
+        ("ppo/step", "import fastppo_kernels.gae", "fastppo.ppo.step -> fastppo_kernels.gae"),
+        (
+            "data/x",
+            "if TYPE_CHECKING:\n    from fastppo.ppo.step import PPOStep",
+            "fastppo.data.x -> fastppo.ppo.step",
+        ),
     ],
 )
-def test_a_reversed_arrow_is_found(
-    tmp_path: pathlib.Path, module: str, source: str, chain: str
+def test_a_wrong_arrow_is_found(
+    tmp_path: pathlib.Path, module: str, source: str, arrow: str
 ) -> None:
-    modules = ["__init__", "packing", "policy", "step", "rewards", "trainer", "ops/__init__"]
     (tmp_path / "kernels" / "fastppo_kernels").mkdir(parents=True)
-    (tmp_path / "kernels" / "fastppo_kernels" / "gae.py").write_text("import fastppo_kernels\n")
-    for name in [*modules, "rollout/__init__", module]:
+    (tmp_path / "kernels" / "fastppo_kernels" / "gae.py").write_text("")
+    for name in ("__init__", "ppo/step", "data/x", "ops/gae", "reporting/__init__"):
         path = tmp_path / "fastppo" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    (tmp_path / "fastppo" / "middle.py").write_text("import fastppo.step\n")
-    assert reversed_arrows(import_graph(tmp_path, fastppo._PUBLIC)) == []
-    (tmp_path / "fastppo" / f"{module}.py").write_text(source + "\n")
-    found = reversed_arrows(import_graph(tmp_path, fastppo._PUBLIC))
-    assert any(arrow.startswith(chain) for arrow in found), found
+    assert wrong_arrows(import_graph(tmp_path)) == []
+    added = tmp_path / "fastppo" / f"{module}.py"
+    added.parent.mkdir(exist_ok=True)
+    added.write_text(source + "\n")
+    assert wrong_arrows(import_graph(tmp_path)) == [arrow]
 
 
-def test_type_only_imports_are_no_arrows(tmp_path: pathlib.Path) -> None:
-    for name in ("packing", "trainer"):
-        path = tmp_path / "fastppo" / f"{name}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("if TYPE_CHECKING:\n    from fastppo.trainer import PPOTrainer\n")
-    assert reversed_arrows(import_graph(tmp_path, {})) == []
+def test_a_circle_is_found(tmp_path: pathlib.Path) -> None:
+    for name, source in (
+        ("a", "from fastppo.ops import b"),
+        ("b", "import fastppo.ops.c"),
+        ("c", ""),
+    ):
+        path = tmp_path / "fastppo" / "ops" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    assert circles(import_graph(tmp_path)) == []
+    (tmp_path / "fastppo" / "ops" / "c.py").write_text("if TYPE_CHECKING:\n    from .a import x\n")
+    assert circles(import_graph(tmp_path)) == [["fastppo.ops.a", "fastppo.ops.b", "fastppo.ops.c"]]
 
 
 def test_kernels_never_import_fastppo() -> None:
-    graph = import_graph(ROOT, fastppo._PUBLIC)
-    for module, targets in graph.items():
+    for module, targets in import_graph(ROOT).items():
         if belongs(module, "fastppo_kernels"):
             assert not [t for t in targets if belongs(t, "fastppo")], module
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 
-from fastppo.benchmarks.command import run as bench
 from fastppo.benchmarks.results import Result, Row
-from fastppo.config import TrainConfig
-from fastppo.demo import demo
-from fastppo.doctor import doctor
-from fastppo.profile import ProfileConfig, print_aot, profile_op
+from fastppo.cli.bench import run as bench
+from fastppo.cli.demo import demo
+from fastppo.cli.doctor import doctor
+from fastppo.cli.profile import ProfileConfig, print_aot, profile_op
+from fastppo.cli.replay import export, replay
+from fastppo.ppo.config import TrainConfig
 from fastppo.profiling.meta import Ceilings
-from fastppo.replay import export, replay
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -141,7 +141,7 @@ def test_the_two_examples_are_short() -> None:
 
 
 def test_the_layout_names_files_that_exist() -> None:
-    (layout,) = [text for _, text in BLOCKS if "fastppo/trainer.py" in text]
+    (layout,) = [text for _, text in BLOCKS if "fastppo/ppo/trainer.py" in text]
     named = re.findall(r"^(?:fastppo|kernels)/[\w/.]*", layout, re.MULTILINE)
     assert named and not [name for name in named if not (ROOT / name).exists()]
 

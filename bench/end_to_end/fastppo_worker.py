@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from workload import Counter, Worker, Workload, force_end
 
-from fastppo import PackedBatch, PPOConfig, PPOTrainer, __version__, interrupts, ops
-from fastppo.metrics import PhaseTimer
-from fastppo.models import load_model, load_tokenizer
-from fastppo.policy import Policy
+from fastppo import PackedBatch, PPOConfig, PPOTrainer, __version__, ops
+from fastppo.models.loading import load_model, load_tokenizer
+from fastppo.models.policy import Policy
+from fastppo.ppo.state import Iteration
 from fastppo.rewards import RewardModel, load_reward_func
 from fastppo.rollout.sampler import Sampler
-from fastppo.state import Iteration
+from fastppo.training import interrupts
+from fastppo.training.metrics import PhaseTimer
 
 PHASES = {"rollout": ("rollout",), "evaluation": ("reward", "pack", "evaluate", "advantages")}
 PHASES |= {"update": ("update",)}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from workload import Workload
 
-from fastppo.models import load_model, load_tokenizer
+from fastppo.models.loading import load_model, load_tokenizer
 
 Model = Literal["smollm2-135m-instruct", "qwen2.5-0.5b", "tiny"]
 Mix = Literal["geometric", "even"]

@@ -18,10 +18,10 @@ from fastppo.benchmarks.check import Judge, WrongAnswerError
 from fastppo.benchmarks.clock import Timer, peak_memory, rotated_sets, take_turns
 from fastppo.benchmarks.registry import Call, Case, Inputs, Outputs, Size
 from fastppo.benchmarks.results import Row, Status
-from fastppo.device import is_out_of_memory
 from fastppo.profiling.ceilings import measure_ceilings
 from fastppo.profiling.meta import Ceilings
 from fastppo.profiling.roofline import peak_tflops
+from fastppo.training.memory import is_out_of_memory
 
 COPY, CALIBRATION = "copy of as many bytes", "calibration"
 LONG_ROUND = 1.0  # seconds, of one sample of everything

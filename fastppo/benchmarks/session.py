@@ -18,7 +18,7 @@ from fastppo.benchmarks.registry import Case
 from fastppo.benchmarks.results import Result, Row
 from fastppo.benchmarks.run import Cell, Roof
 from fastppo.benchmarks.tables import seconds_text
-from fastppo.device import free_memory
+from fastppo.training.memory import free_memory
 
 
 def run_cases(

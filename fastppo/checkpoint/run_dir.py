@@ -7,15 +7,18 @@ import os
 import shutil
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
 from fastppo.checkpoint.durable import advice, delete, make_folder, sync, sync_tree, write_file
 from fastppo.checkpoint.format import CheckpointError
 
-if TYPE_CHECKING:
-    from fastppo.policy import Policy
+
+class Savable(Protocol):
+    """A model that writes itself into a folder, in the form transformers loads."""
+
+    def save(self, folder: Path, /) -> None: ...
 
 
 def new_run_dir(output_dir: str) -> Path:
@@ -41,14 +44,14 @@ def write_json(path: Path, value: Any) -> None:
     sync(path.parent)
 
 
-def save_model(folder: Path, policy: Policy, tokenizer: Any) -> Path:
+def save_model(folder: Path, policy: Savable, tokenizer: Any) -> Path:
     """Save policy, critic and tokenizer as a folder that `from_pretrained` loads.
 
     The folder appears under its name only when it is complete.
 
     Args:
         folder: must not exist.
-        policy: saved by `Policy.save`: the model at the top, the critic in `critic/`.
+        policy: what `save` writes: the model at the top, a critic in `critic/`.
         tokenizer: saved beside the model.
 
     Raises:

@@ -27,9 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastppo import interrupts
-from fastppo.device import describe
-from fastppo.metrics import PhaseTimer
+from fastppo.ppo.state import Iteration
 from fastppo.profiling.analysis import Analysis, analyse
 from fastppo.profiling.ceilings import measure_ceilings
 from fastppo.profiling.meta import Meta, Step, Sync
@@ -38,12 +36,14 @@ from fastppo.profiling.phases import STEP
 from fastppo.profiling.syncs import SyncCounter
 from fastppo.profiling.table import write_csv, write_json
 from fastppo.profiling.trace import Trace
-from fastppo.resume import versions
-from fastppo.state import Iteration
+from fastppo.training import interrupts
+from fastppo.training.device import describe
+from fastppo.training.metrics import PhaseTimer
+from fastppo.training.resume import versions
 
 if TYPE_CHECKING:
-    from fastppo.config import TrainConfig
-    from fastppo.trainer import PPOTrainer
+    from fastppo.ppo.config import TrainConfig
+    from fastppo.ppo.trainer import PPOTrainer
 
 TRACE, META, MEMORY = "trace.json.gz", "meta.json", "memory.pickle"
 TABLE_JSON, TABLE_CSV, PAGE = "table.json", "table.csv", "profile.html"
@@ -66,7 +66,7 @@ def profile_run(config: TrainConfig, steps: int, folder: Path, say: Say = print)
         ValueError, TypeError, ImportError, OSError: as `build_trainer`.
         RewardError, NonFiniteError, Interrupted: as `collect`.
     """
-    from fastppo.train import build_trainer
+    from fastppo.ppo.build import build_trainer
 
     with TemporaryDirectory(prefix="fastppo-profile-") as scratch:
         elsewhere = replace(config, output_dir=str(Path(scratch) / "run"), report_to=())

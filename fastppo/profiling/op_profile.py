@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch.profiler import record_function
 
-from fastppo.device import resolve_device, resolve_precision
 from fastppo.profiling.ceilings import measure_ceilings, synchronize
 from fastppo.profiling.collect import META, TRACE, describe_run, profiler
 from fastppo.profiling.meta import Ceilings, Cost
@@ -29,6 +28,7 @@ from fastppo.profiling.op_inputs import Call, Inputs, Size
 from fastppo.profiling.ops import find_op, parse_size
 from fastppo.profiling.phases import STEP
 from fastppo.profiling.roofline import floor_us
+from fastppo.training.device import resolve_device, resolve_precision
 
 WARM_UP, ENOUGH_SECONDS, MOST_CALLS = 3, 0.3, 1000
 TRACED = 3

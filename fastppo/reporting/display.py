@@ -74,7 +74,7 @@ class Display:
         self._panel.restore(rows)
 
     def update(self, row: Mapping[str, Value]) -> None:
-        """Show an iteration's metrics row (keys as in `fastppo.metrics`; missing ones are
+        """Show an iteration's metrics row (keys as in `fastppo.training.metrics`; missing ones are
         dashes).
         """
         self._panel.add(row)

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastppo.rewards.calls import BoundFunction, RewardFunction, call_functions
+from fastppo.rewards.calls import call_functions
 from fastppo.rewards.failures import (
     FailureWindow,
     Losses,
@@ -43,6 +43,7 @@ from fastppo.rewards.failures import (
     RewardFailure,
     RewardUnavailableError,
 )
+from fastppo.rewards.functions import BoundFunction, RewardFunction
 from fastppo.rewards.http import HTTPReward
 from fastppo.rewards.limits import RewardLimits, declare
 from fastppo.rewards.loading import load_reward_func, resolve_reward

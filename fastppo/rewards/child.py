@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from fastppo import interrupts
 from fastppo.rewards.scores import NOBODY, Outcome, WatchedList, checked, failed, suspect_of
+from fastppo.training import interrupts
 
 LENGTH = struct.Struct("!Q")
 READING, TAKEN = 0, 1  # slots of the shared note: element being read, number of requests taken

@@ -9,14 +9,12 @@ import time
 from array import array
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastppo import interrupts
+from fastppo.rewards.functions import BoundFunction
 from fastppo.rewards.isolation import Call, Task
 from fastppo.rewards.scores import NOBODY, Outcome, WatchedList, checked, failed, suspect_of
-
-if TYPE_CHECKING:
-    from fastppo.rewards.calls import BoundFunction
+from fastppo.training import interrupts
 
 _TICK = 0.1  # seconds between two looks for a signal
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.device import free_memory, is_out_of_memory
-from fastppo.models import DATA_ONLY
+from fastppo.models.loading import DATA_ONLY
+from fastppo.training.memory import free_memory, is_out_of_memory
 
 
 class RewardModel:

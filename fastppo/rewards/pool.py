@@ -13,16 +13,14 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastppo import interrupts
+from fastppo.rewards.functions import BoundFunction
 from fastppo.rewards.isolation import Task
 from fastppo.rewards.limits import RewardLimits
 from fastppo.rewards.scores import Outcome
 from fastppo.rewards.worker import Worker
-
-if TYPE_CHECKING:
-    from fastppo.rewards.calls import BoundFunction
+from fastppo.training import interrupts
 
 # macOS can fork, but its system libraries do not survive it.
 CAN_FORK = sys.platform != "darwin" and "fork" in multiprocessing.get_all_start_methods()

@@ -16,10 +16,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fastppo import interrupts
 from fastppo.rewards.child import LENGTH, READING, TAKEN, Setting, serve
 from fastppo.rewards.limits import RewardLimits
 from fastppo.rewards.scores import NOBODY, Outcome, Problem, suspect_of
+from fastppo.training import interrupts
 
 _LAST_BREATH = 1.0  # seconds for the exit status of a worker that closed its connection
 _CHUNK = 1 << 16  # bytes

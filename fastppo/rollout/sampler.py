@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from fastppo.rollout import Sampling
+from fastppo.rollout.engine import Sampling
 
 
 def uniforms(rows: int, sampling: Sampling) -> Tensor:

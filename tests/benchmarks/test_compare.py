@@ -13,7 +13,7 @@ import torch
 from fastppo.benchmarks.compare import compare, drift, noise, report
 from fastppo.benchmarks.registry import Call, Case, Inputs, Provider, Size
 from fastppo.benchmarks.results import SCHEMA, Result
-from fastppo.cli import main
+from fastppo.cli.main import main
 
 Measure = Callable[..., Result]
 

@@ -1,7 +1,7 @@
 """What the tests of the thirty details share: tiny real models, batches, steps and trainers.
 
 Each file holds some of the details, each as `test_NN_name` with what the detail demands in one
-line. They run through PPOStep, PPOTrainer and TransformersEngine. The models' weights are ten times
+line. They run through PPOStep, PPOTrainer and PackedEngine. The models' weights are ten times
 larger than usual: far from uniform, so that every misplaced token shows.
 """
 
@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fastppo.config import PPOConfig
-from fastppo.demo import tiny_model, word_tokenizer
-from fastppo.packing import PackedBatch
-from fastppo.step import PPOStep
-from fastppo.trainer import PPOTrainer
+from fastppo.data.sequences import PackedBatch
+from fastppo.models.tiny import tiny_model, word_tokenizer
+from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.step import PPOStep
+from fastppo.ppo.trainer import PPOTrainer
 
 VOCAB, EOS = 37, 2
 PROMPTS, RESPONSES = (3, 8, 1, 5, 2), (5, 1, 12, 4, 7)  # lengths in tokens

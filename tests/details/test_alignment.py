@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastppo.data import decode
-from fastppo.packing import PackedBatch
-from fastppo.rollout import Sampling
-from fastppo.rollout.transformers import TransformersEngine
-from fastppo.step import PPOStep
-from fastppo.trainer import PPOTrainer
+from fastppo.data.prompts import decode
+from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.step import PPOStep
+from fastppo.ppo.trainer import PPOTrainer
+from fastppo.rollout.engine import Sampling
+from fastppo.rollout.packed import PackedEngine
 
 EOS = 2
 
@@ -115,7 +115,7 @@ def test_03_lengths_come_from_the_engine(make_step: Callable[..., PPOStep]) -> N
     """An end token inside or at the end of a prompt hides nothing, and the sampled one is kept."""
     step = make_step()
     prompts = [np.array(p) for p in ([5, EOS, 6, 7], [EOS], [9, EOS], [3])] * 8
-    rollouts = TransformersEngine(step.policy).generate(
+    rollouts = PackedEngine(step.policy).generate(
         prompts,
         Sampling(temperature=1.0, max_new_tokens=12, eos_token_ids=(EOS,), seed=1),
     )
@@ -181,7 +181,7 @@ def test_26_positions(
         batch.old_logprobs, padded_forward(plain, batch)[0], atol=1e-5, rtol=0
     )
     prompts = batch_prompts(batch)
-    rollouts = TransformersEngine(step.policy).generate(
+    rollouts = PackedEngine(step.policy).generate(
         prompts,
         Sampling(temperature=1.0, max_new_tokens=6, eos_token_ids=(), seed=1),
     )

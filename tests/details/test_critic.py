@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-from fastppo.config import PPOConfig
-from fastppo.packing import PackedBatch
-from fastppo.step import PPOStep
-from fastppo.trainer import PPOTrainer
+from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.step import PPOStep
+from fastppo.ppo.trainer import PPOTrainer
 
 MakeStep = Callable[..., PPOStep]
 MakeBatch = Callable[..., PackedBatch]

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fastppo import ops
-from fastppo.config import PPOConfig
-from fastppo.packing import PackedBatch
-from fastppo.rollout import Sampling
-from fastppo.rollout.transformers import TransformersEngine
-from fastppo.step import PPOStep
-from fastppo.trainer import PPOTrainer
+from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.step import PPOStep
+from fastppo.ppo.trainer import PPOTrainer
+from fastppo.rollout.engine import Sampling
+from fastppo.rollout.packed import PackedEngine
 
 MakeStep = Callable[..., PPOStep]
 MakeBatch = Callable[..., PackedBatch]
@@ -72,7 +72,7 @@ def test_07_temperature_of_the_sampler(make_step: MakeStep, make_batch: MakeBatc
     """The engine samples, and says so, at the temperature of the training log-probabilities."""
     step = make_step(temperature=0.6)
     prompts = [np.array([5, 6, 7]), np.array([8])]
-    rollouts = TransformersEngine(step.policy).generate(
+    rollouts = PackedEngine(step.policy).generate(
         prompts,
         Sampling(temperature=0.6, max_new_tokens=8, eos_token_ids=(), seed=1),
     )
@@ -92,7 +92,7 @@ def test_08_filters_need_a_correction(option: dict[str, Any]) -> None:
 def test_08_filtered_logprobs_are_renormalised(make_step: MakeStep) -> None:
     """With top-k on, the engine's log-probabilities are those of the kept tokens' distribution."""
     sampling = Sampling(temperature=1.0, top_k=2, max_new_tokens=1, eos_token_ids=(), seed=1)
-    rollouts = TransformersEngine(make_step().policy).generate([np.array([3, 4])] * 100, sampling)
+    rollouts = PackedEngine(make_step().policy).generate([np.array([3, 4])] * 100, sampling)
     pairs = zip(rollouts.responses, rollouts.logprobs, strict=True)
     kept = {int(ids[0]): float(logprobs[0]) for ids, logprobs in pairs}
     assert len(kept) == 2 and sum(map(math.exp, kept.values())) == pytest.approx(1.0)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.packing import PackedBatch
-from fastppo.step import PPOStep
-from fastppo.trainer import PPOTrainer
+from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.step import PPOStep
+from fastppo.ppo.trainer import PPOTrainer
 
 KEYS = {
     *("iteration", "reward", "reward/length", "score_std", "kl", "kl_sequence", "entropy"),

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastppo.config import PPOConfig
-from fastppo.packing import PackedBatch
-from fastppo.step import PPOStep
+from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.step import PPOStep
 
 MakeStep = Callable[..., PPOStep]
 MakeBatch = Callable[..., PackedBatch]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fastppo.config import PPOConfig
-from fastppo.packing import PackedBatch
-from fastppo.step import NonFiniteError, PPOStep
+from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.step import NonFiniteError, PPOStep
 
 # peft asks transformers by a name that transformers 5.23 deprecates
 pytestmark = pytest.mark.filterwarnings(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastppo import PPOConfig, PPOTrainer
-from fastppo.demo import WORDS, tiny_model, word_tokenizer
-from fastppo.state import step_tensors
+from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
+from fastppo.ppo.state import step_tensors
 
 ROWS = [{"prompt": f"{a} {b} >", "answer": str(max(a, b))} for a in range(10) for b in range(10)]
 

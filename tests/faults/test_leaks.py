@@ -20,7 +20,8 @@ RUN = """
 import json, sys, threading
 import psutil
 from fastppo import PPOConfig, PPOTrainer
-from fastppo.demo import WORDS, larger_digit, tiny_model, word_tokenizer
+from fastppo.cli.demo import larger_digit
+from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 
 folder, leak = sys.argv[1], int(sys.argv[2])
 rows = [{"prompt": f"{a} {b} >", "answer": str(max(a, b))} for a in range(10) for b in range(10)]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from fastppo import PackedBatch, PPOTrainer, step, update_metrics
-from fastppo.demo import WORDS, word_tokenizer
+from fastppo import PackedBatch, PPOTrainer
+from fastppo.models.tiny import WORDS, word_tokenizer
+from fastppo.ppo import step, update_metrics
 from fastppo.rewards import RewardModel, declare
 
 Runs = Any  # see conftest.py
@@ -223,7 +224,7 @@ import resource, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from fastppo import PPOConfig, PPOTrainer
-from fastppo.demo import WORDS, word_tokenizer
+from fastppo.models.tiny import WORDS, word_tokenizer
 
 def score(completions):
     return [0.1 * len(text) for text in completions]

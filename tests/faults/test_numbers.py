@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastppo import PPOTrainer, interrupts
-from fastppo.cli import main
-from fastppo.demo import WORDS, tiny_model, word_tokenizer
-from fastppo.policy import Policy
-from fastppo.state import step_tensors
-from fastppo.step import NonFiniteError, PPOStep
+from fastppo import PPOTrainer
+from fastppo.cli.main import main
+from fastppo.models.policy import Policy
+from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
+from fastppo.ppo.state import step_tensors
+from fastppo.ppo.step import NonFiniteError, PPOStep
+from fastppo.training import interrupts
 
 NAN = float("nan")
 BAD = 5  # of the 16 samples of iteration 2

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from fastppo.cli import main
-from fastppo.data import batch_indices
-from fastppo.demo import WORDS, tiny_model, word_tokenizer
+from fastppo.cli.main import main
+from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 from fastppo.rewards import load_reward_func
-from fastppo.rollout.transformers import TransformersEngine
+from fastppo.rollout.packed import PackedEngine
+from fastppo.training.seeding import batch_indices
 
 Runs = Any  # see conftest.py
 
@@ -243,10 +243,8 @@ def test_more_failures_than_allowed_stop_the_run_until_they_are_mended(
         assert [path.name for path in Path("run/checkpoints").iterdir()] == [name]
 
     write_rewards("mended")
-    generate, drawn = TransformersEngine.generate, []
-    monkeypatch.setattr(
-        TransformersEngine, "generate", lambda *args: drawn.append(1) or generate(*args)
-    )
+    generate, drawn = PackedEngine.generate, []
+    monkeypatch.setattr(PackedEngine, "generate", lambda *args: drawn.append(1) or generate(*args))
     assert train("--output-dir", "run", *options, "--resume") == 0
     assert len(Path("calls").read_text()) == calls[1]
     assert len(drawn) == (1 if where == "training" else 6)

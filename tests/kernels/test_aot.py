@@ -76,7 +76,7 @@ def test_the_number_of_rows_is_no_part_of_a_kernel(rows, monkeypatch):
 
 
 def test_profile_prints_the_table(capsys, monkeypatch):
-    from fastppo.cli import main
+    from fastppo.cli.main import main
 
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["profile", "--aot", "--target", "gfx942"]) == 0

@@ -22,21 +22,22 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastppo import PPOConfig
-from fastppo.demo import WORDS, larger_digit, tiny_model, word_tokenizer
-from fastppo.metrics import PhaseTimer
-from fastppo.packing import PackedBatch
+from fastppo.cli.demo import larger_digit
+from fastppo.data.sequences import PackedBatch
+from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
+from fastppo.ppo.step import PPOStep
 from fastppo.profiling.meta import Ceilings, Meta, Step
 from fastppo.profiling.phases import STEP
-from fastppo.rollout import Sampling
-from fastppo.rollout.transformers import TransformersEngine
-from fastppo.step import PPOStep
+from fastppo.rollout.engine import Sampling
+from fastppo.rollout.packed import PackedEngine
+from fastppo.training.metrics import PhaseTimer
 
 HERE = Path(__file__).parent
 TOKENIZER = word_tokenizer()
 SAMPLING = Sampling(max_new_tokens=1, eos_token_ids=(0,), seed=0)
 
 
-def iterate(step: PPOStep, engine: TransformersEngine, timer: PhaseTimer) -> None:
+def iterate(step: PPOStep, engine: PackedEngine, timer: PhaseTimer) -> None:
     """What PPOTrainer does in an iteration."""
     prompts = [np.array(TOKENIZER(row)["input_ids"]) for row in ("0 9 >", "1 8 >")]
     with timer("rollout"):
@@ -75,7 +76,7 @@ def measured_ceilings() -> Ceilings:
     return Ceilings(copied, products[torch.bfloat16], products[torch.float32])
 
 
-def record(step: PPOStep, engine: TransformersEngine, folder: Path) -> tuple[float, dict[str, Any]]:
+def record(step: PPOStep, engine: PackedEngine, folder: Path) -> tuple[float, dict[str, Any]]:
     """Wall µs and trace of one iteration."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         start = time.perf_counter()
@@ -94,7 +95,7 @@ def main() -> None:
     model = tiny_model(len(WORDS), seed=0)
     del model.model.layers[1:]
     step = PPOStep(model, config)
-    engine = TransformersEngine(step.policy)
+    engine = PackedEngine(step.policy)
     with tempfile.TemporaryDirectory() as folder:
         records = [record(step, engine, Path(folder)) for _ in range(40)]
     wall_us, trace = min(records, key=lambda record: record[0])  # disturbed least by other work

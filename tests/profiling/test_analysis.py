@@ -185,7 +185,7 @@ def test_launches_and_waits(gpu: Analysis) -> None:
     )
     assert [(sync.file, sync.count) for sync in gpu.syncs] == [
         ("rewards.py", 4),
-        ("fastppo/optim.py", 2),
+        ("fastppo/training/optim.py", 2),
     ]
 
 

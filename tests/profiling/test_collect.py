@@ -16,12 +16,14 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastppo import PPOConfig, PPOTrainer, interrupts
-from fastppo.demo import WORDS, larger_digit, tiny_model, word_tokenizer
+from fastppo import PPOConfig, PPOTrainer
+from fastppo.cli.demo import larger_digit
+from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 from fastppo.profiling import collect
 from fastppo.profiling.analysis import analyse
 from fastppo.profiling.meta import Meta
 from fastppo.profiling.trace import Trace
+from fastppo.training import interrupts
 
 STEPS = 2
 PHASES = ("rollout", "reward", "pack", "evaluate", "advantages", "update")
@@ -145,7 +147,10 @@ def test_a_planted_item_and_the_update_are_in_the_list_of_syncs(
     assert planted.file.endswith("test_collect.py")
     assert lines[planted.line - 1].endswith("# planted") and planted.count == 16
     (update,) = [sync for sync in meta.syncs if sync.phase == "update"]
-    assert (update.file, update.count) == ("fastppo/update_metrics.py", 1)  # for 4 optimiser steps
+    assert (update.file, update.count) == (
+        "fastppo/ppo/update_metrics.py",
+        1,
+    )  # for 4 optimiser steps
     assert not [sync for sync in meta.syncs if sync.phase in ("evaluate", "advantages", "pack")]
 
 

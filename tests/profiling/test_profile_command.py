@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastppo import update_metrics
-from fastppo.cli import main
-from fastppo.config import TrainConfig
-from fastppo.demo import WORDS, tiny_model, word_tokenizer
+from fastppo.cli.main import main
+from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
+from fastppo.ppo import update_metrics
+from fastppo.ppo.config import TrainConfig
 from fastppo.profiling.op_inputs import Inputs, Size
 from fastppo.profiling.ops import OPS, SIZES, parse_size
 
@@ -136,7 +136,7 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_with_what_was_traced(project: Path) -> None:
-    command = [sys.executable, "-m", "fastppo.cli", "profile", "--config", "run.toml"]
+    command = [sys.executable, "-m", "fastppo.cli.main", "profile", "--config", "run.toml"]
     process = subprocess.Popen(
         [*command, "--steps", "500", "--output-dir", "out"],
         env={**os.environ, "PYTHONUNBUFFERED": "1"},

@@ -15,7 +15,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastppo import PackedBatch, PPOConfig, PPOStep, ops
-from fastppo.demo import WORDS, tiny_model
+from fastppo.models.tiny import WORDS, tiny_model
 from fastppo.profiling.meta import Sync
 from fastppo.profiling.syncs import SyncCounter
 
@@ -178,7 +178,7 @@ def test_an_update_has_one_host_sync(options: dict[str, Any], expected: int) -> 
     assert "valid_lengths" in vars(batch)  # the mask has been read, which a CPU does not show
     syncs = counted(lambda: step.update(batch))
     assert sum(sync.count for sync in syncs) == expected, syncs
-    assert {sync.file for sync in syncs} <= {"fastppo/update_metrics.py", "fastppo/step.py"}
+    assert {sync.file for sync in syncs} <= {"fastppo/ppo/update_metrics.py", "fastppo/ppo/step.py"}
 
 
 @pytest.mark.gpu

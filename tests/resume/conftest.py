@@ -26,7 +26,7 @@ def counted(*args, **kwargs):
         os.kill(os.getpid(), int(signum))
     return original(*args, **kwargs)
 setattr(owner, method, counted)
-from fastppo.cli import main
+from fastppo.cli.main import main
 sys.exit(main(sys.argv[6:]))
 """
 
@@ -37,7 +37,7 @@ def train(
     project: Path, *arguments: str, at: tuple[str, str, str, int, int] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`fastppo train --config run.toml ARGUMENTS`; `at`: module, class, method, call, signal."""
-    driver = ["-c", DRIVER, *map(str, at)] if at else ["-m", "fastppo.cli"]
+    driver = ["-c", DRIVER, *map(str, at)] if at else ["-m", "fastppo.cli.main"]
     return subprocess.run(
         [sys.executable, *driver, "train", "--config", "run.toml", *arguments],
         cwd=project,

@@ -13,8 +13,8 @@ import pytest
 Train = Callable[..., CompletedProcess[str]]
 Differences = Callable[[Path, Path], list[str]]
 
-STEP = ("fastppo.step", "PPOStep")
-ENGINE = ("fastppo.rollout.transformers", "TransformersEngine")
+STEP = ("fastppo.ppo.step", "PPOStep")
+ENGINE = ("fastppo.rollout.packed", "PackedEngine")
 REWARDS = ("fastppo.rewards", "Rewards")
 # 6 optimiser steps an iteration: call 22 of _train_minibatch is the 4th of the 4th iteration, in
 # its second epoch, 23 the one after it. The evaluations before training and after iterations 2, 4

@@ -31,7 +31,7 @@ def larger(prompts, completions, answer):
     return [float(text.split() == [a]) + 0.1 * len(text) for text, a in zip(completions, answer)]
 """
 TERM = int(signal.SIGTERM)
-IN_AN_EPOCH = ("fastppo.step", "PPOStep", "_train_minibatch", 23, TERM)
+IN_AN_EPOCH = ("fastppo.ppo.step", "PPOStep", "_train_minibatch", 23, TERM)
 IN_AN_EVALUATION = ("fastppo.rewards", "Rewards", "__call__", 7, TERM)  # that after iteration 4
 
 

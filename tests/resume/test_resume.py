@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastppo import PPOConfig, PPOStep, resume, state
+from fastppo import PPOConfig, PPOStep
 from fastppo.checkpoint import verify
-from fastppo.cli import main
-from fastppo.demo import WORDS, tiny_model
-from fastppo.resume import SAFE_TO_CHANGE
+from fastppo.cli.main import main
+from fastppo.models.tiny import WORDS, tiny_model
+from fastppo.ppo import state
+from fastppo.training import resume
+from fastppo.training.resume import SAFE_TO_CHANGE
 
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
 Differences = Callable[[Path, Path], list[str]]
@@ -224,7 +226,7 @@ def test_a_second_process_is_refused_while_the_first_one_trains(
     (project / "rewards.py").write_text(HELD)
     arguments = ("train", "--config", "run.toml", *SHORT, "--num-iterations", "1")
     first = subprocess.Popen(
-        [sys.executable, "-m", "fastppo.cli", *arguments, "--output-dir", "run"],
+        [sys.executable, "-m", "fastppo.cli.main", *arguments, "--output-dir", "run"],
         cwd=project,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -413,7 +415,7 @@ def test_a_full_disk_ends_the_run_in_one_line(
     arguments = ["train", "--config", "run.toml", *SHORT, "--resume", three.name]
     arguments += ["--num-iterations", "3" if last else "6"]
     done = subprocess.run(
-        [sys.executable, "-m", "fastppo.cli", *arguments],
+        [sys.executable, "-m", "fastppo.cli.main", *arguments],
         cwd=base,
         preexec_fn=limit_files(100_000),
         capture_output=True,

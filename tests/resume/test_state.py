@@ -20,13 +20,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastppo import PPOConfig, PPOTrainer, interrupts, recovery, state, trainer
+from fastppo import PPOConfig, PPOTrainer
 from fastppo.checkpoint import Checkpoint, verify
-from fastppo.demo import WORDS, tiny_model, word_tokenizer
-from fastppo.packing import PackedBatch
+from fastppo.data.sequences import PackedBatch
+from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
+from fastppo.ppo import recovery, state, trainer
+from fastppo.ppo.step import NonFiniteError
+from fastppo.ppo.update_metrics import StepStats
 from fastppo.rewards import RewardError
-from fastppo.step import NonFiniteError
-from fastppo.update_metrics import StepStats
+from fastppo.training import interrupts
 
 ROWS = [{"prompt": f"{a} {b} >", "answer": str(max(a, b))} for a in range(6) for b in range(6)]
 Differences = Callable[[Path, Path], list[str]]
@@ -557,8 +559,8 @@ SAVED = {
     *("PPOTrainer.run", "PPOTrainer.current", "PPOStep.iteration", "PPOStep.kl_coef"),
     *("PPOStep.nonfinite_in_a_row", "PPOStep.progress"),
     *("PPOStep.actor_optimizer", "PPOStep.critic_optimizer", "PPOStep.token_budget"),
-    *("PPOStep.policy", "PPOTrainer.policy", "TransformersEngine.policy"),  # one object
-    *("TransformersEngine.max_rows", "FailureWindow._past", "Alarms.raised"),
+    *("PPOStep.policy", "PPOTrainer.policy", "PackedEngine.policy"),  # one object
+    *("PackedEngine.max_rows", "FailureWindow._past", "Alarms.raised"),
 }
 # made anew by every process, or by every update from what is saved
 NEED_NOT_BE = {

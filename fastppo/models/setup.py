@@ -1,0 +1,284 @@
+"""What is done to a transformers model before PPO trains it.
+
+Find its parts, turn dropout off, choose what trains, set the dtype of every weight, copy it
+without copying what never changes. All of it happens in place and before the first forward.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastppo.models.attention import FAMILIES, NAME, check_supported
+
+Precision = Literal["fp32", "bf16"]
+
+
+def is_peft(model: Any) -> bool:
+    """Whether `model` is a `peft.PeftModel`; the check does not import peft."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def unwrap(model: Any, name: str) -> Any:
+    """The transformers model itself; inside a PEFT model it has the adapters built in.
+
+    Raises:
+        ValueError: an adapter that is not built into the layers, called `name` in the message.
+    """
+    if not is_peft(model):
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"{name}: expected a plain model or a peft.PeftModel, got a model with an adapter "
+                "added by transformers' add_adapter. Use peft.get_peft_model instead"
+            )
+        return model
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise ValueError(
+            f"{name}: expected an adapter inside the layers such as LoRA, got prompt learning, "
+            "whose virtual tokens a packed batch has no place for"
+        )
+    return model.get_base_model()
+
+
+def trunk_of(model: Any) -> Any:
+    """The decoder without its head."""
+    return unwrap(model, "model").base_model
+
+
+def output_head(model: Any, name: str) -> nn.Linear:
+    """The linear layer from hidden states to logits of a transformers model.
+
+    Raises:
+        ValueError: there is none, or it is not a plain linear layer.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        return head
+    found = type(head).__name__ if head is not None else "none"
+    raise ValueError(
+        f"{name}: expected a causal language model with a plain linear output head, got "
+        f"{type(model).__name__} with {found}. Load it by AutoModelForCausalLM, and leave lm_head "
+        "out of a LoRA's target_modules and modules_to_save"
+    )
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """Set every dropout probability to 0, so that train() and eval() compute the same.
+
+    Covers nn.Dropout (LoRA's too) and the `attention_dropout` that attention layers pass on. The
+    configuration keeps its values: they are saved as they were.
+    """
+    parts: list[Any] = list(module.modules())
+    for part in parts:
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        if isinstance(getattr(part, "attention_dropout", None), float):
+            part.attention_dropout = 0.0
+
+
+def train_last_layers(model: Any, count: int, name: str) -> None:
+    """Freeze everything but the last `count` decoder layers and the final norm.
+
+    Raises:
+        ValueError: `count` outside 1 ... number of layers, or a PEFT model.
+    """
+    if is_peft(model):
+        raise ValueError(
+            f"train_layers: expected None for a PEFT model, got {count}. The adapter decides what "
+            "trains; LoraConfig(layers_to_transform=...) limits it to some layers"
+        )
+    trunk = model.base_model
+    layers_name, norm_name = FAMILIES[model.config.model_type]
+    layers = getattr(trunk, layers_name)
+    if not 1 <= count <= len(layers):
+        raise ValueError(
+            f"train_layers: expected 1 to {len(layers)}, the layers of {name}, or None for all "
+            f"parameters; got {count}"
+        )
+    model.requires_grad_(False)
+    layers[-count:].requires_grad_(True)
+    getattr(trunk, norm_name).requires_grad_(True)
+
+
+def freeze_outside_trunk(model: Any) -> None:
+    """Freeze the heads that a critic does not use."""
+    used = {id(p) for p in trunk_of(model).parameters()}
+    for p in model.parameters():
+        if id(p) not in used:
+            p.requires_grad_(False)
+
+
+def set_precision(module: nn.Module, precision: Precision) -> None:
+    """fp32 for every floating weight; under bf16, bf16 for what only bf16 products read.
+
+    Those are the frozen weights of linear layers: autocast would round them to bf16 at every use,
+    so storing them rounded changes no result and saves the rounding. Trained weights stay fp32
+    masters: an update of 1e-6 vanishes in bf16. Embeddings, a head tied to them, and norms stay
+    fp32 because they are read as such.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    for part in module.modules():
+        product = precision == "bf16" and isinstance(part, (nn.Linear, Conv1D))
+        for p in part.parameters(recurse=False):
+            if p.is_floating_point():
+                low = product and not p.requires_grad and id(p) not in embeddings
+                p.data = p.data.to(torch.bfloat16 if low else torch.float32)
+
+
+def copy_trainable(module: Any) -> Any:
+    """A copy of `module` with its own trainable parameters that shares the frozen ones."""
+    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, shared)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute each decoder layer in the backward pass instead of storing its activations."""
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout, no randomness
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:  # the name in transformers 5.17
+        model.gradient_checkpointing_enable(options)
+
+
+class AttentionSwitch:
+    """Changes models between packed attention and the implementation they came with.
+
+    The implementation is a field of the configuration, which models made from one configuration
+    share; so every layer first gets a configuration that no model outside reads.
+    """
+
+    def __init__(self, models: list[nn.Module]) -> None:
+        replaced: dict[int, tuple[Any, Any]] = {}  # by id: the original (kept alive), its copy
+        for part in (part for model in models for part in model.modules()):
+            config = getattr(part, "config", None)
+            if hasattr(config, "_attn_implementation"):
+                if id(config) not in replaced:
+                    replaced[id(config)] = (config, copy.copy(config))
+                part.config = replaced[id(config)][1]
+        # an original that is packed belongs to another policy, whose own is not known here
+        self._own = [
+            (
+                config,
+                "sdpa" if original._attn_implementation == NAME else config._attn_implementation,
+            )
+            for original, config in replaced.values()
+        ]
+
+    def set(self, *, packed: bool) -> None:
+        """Packed attention, or each model's own."""
+        for config, own in self._own:
+            config._attn_implementation = NAME if packed else own
+
+
+def head_dim(model: Any) -> int:
+    """Dimension of one attention head."""
+    config = unwrap(model, "model").config
+    size: int | None = getattr(config, "head_dim", None)
+    return size or int(config.hidden_size // config.num_attention_heads)
+
+
+def count_parameters(modules: list[nn.Module], reference: nn.Module | None) -> dict[str, int]:
+    """`trainable` and `total` parameters of the modules, and what the `reference` adds."""
+    own = {id(p): p for module in modules for p in module.parameters()}
+    extra = [] if reference is None else [p for p in reference.parameters() if id(p) not in own]
+    return {
+        "trainable": sum(p.numel() for p in own.values() if p.requires_grad),
+        "total": sum(p.numel() for p in own.values()),
+        "reference": sum(p.numel() for p in extra),
+    }
+
+
+class Rounded:
+    """bf16 copies of frozen weights: made once, and again after a weight was loaded or moved."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[tuple[int, int], Tensor]] = {}  # by id: version and copy
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """`weight` in bf16."""
+        version = (weight.data_ptr(), weight._version)
+        if id(weight) not in self._copies or self._copies[id(weight)][0] != version:
+            self._copies[id(weight)] = (version, weight.detach().to(torch.bfloat16))
+        return self._copies[id(weight)][1]
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def make_value_head(critic: Any, device: torch.device) -> nn.Linear:
+    """A linear layer (H → 1) in fp32 for the trunk of `critic`: its score head, if it has one
+    as sequence classification models do, else zero.
+
+    Raises:
+        ValueError: `critic` scores more than one label.
+    """
+    model = unwrap(critic, "value_model")
+    head = nn.Linear(model.config.hidden_size, 1, device=device, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    score = getattr(model, "score", None)
+    if score is None:
+        return head
+    if score.out_features != 1:
+        raise ValueError(
+            "value_model: expected a sequence classification model with 1 label, got "
+            f"{score.out_features}. A causal language model or a base model is fine too"
+        )
+    with torch.no_grad():
+        head.weight.copy_(score.weight)
+        if score.bias is not None:
+            head.bias.copy_(score.bias)
+    return head
+
+
+def check_companion(name: str, companion: Any, model: Any, vocabulary: int) -> None:
+    """Check a reference or value model against the model it accompanies.
+
+    Raises:
+        ValueError: unsupported, sharing weights with `model`, or with a smaller vocabulary.
+    """
+    check_supported(unwrap(companion, name).config)
+    if {id(p) for p in companion.parameters()} & {id(p) for p in model.parameters()}:
+        raise ValueError(f"{name}: expected a model of its own, got one sharing weights with model")
+    size = companion.get_input_embeddings().num_embeddings
+    if size < vocabulary:
+        raise ValueError(
+            f"{name}: expected the vocabulary of model, {vocabulary} tokens, got {size}. Both must "
+            "use the same tokenizer"
+        )
+
+
+def check_roles(
+    critic: str, value_model: Any, reference: str, ref_model: Any, precision: str, model: Any
+) -> None:
+    """Check the arguments of Policy against each other.
+
+    Raises:
+        ValueError: an unknown choice, or a model that the choice does not use or lacks.
+    """
+    _check_choice("critic", critic, ("shared", "separate", "none"))
+    _check_choice("reference", reference, ("copy", "adapter", "model", "none"))
+    _check_choice("precision", precision, ("fp32", "bf16"))
+    if value_model is not None and critic != "separate":
+        raise ValueError(
+            f"value_model: expected None with critic = {critic!r}, got a model. Use 'separate'"
+        )
+    if (ref_model is not None) != (reference == "model"):
+        raise ValueError(
+            "ref_model: expected a model exactly with reference = 'model', got "
+            f"{'a model' if ref_model is not None else 'none'} with reference = {reference!r}"
+        )
+    if reference == "adapter" and not is_peft(model):
+        raise ValueError("reference: 'adapter' needs a PEFT model, got a plain one. Use 'copy'")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

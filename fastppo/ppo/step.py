@@ -1,0 +1,476 @@
+"""PPOStep: the PPO update as one object that any training loop can call.
+
+    batch = PackedBatch.pack(prompts, responses, truncated=truncated)
+    batch = step.evaluate(batch)              # old and reference log-probabilities, values
+    batch = step.advantages(batch, scores)    # KL, rewards, GAE
+    metrics = step.update(batch)              # epochs × minibatches × micro-batches
+
+Shapes: B sequences, T packed tokens, N response tokens, H hidden size (see packing.PackedBatch).
+Nothing is read back inside the minibatch loop: all metrics come in one copy per update, and one
+per epoch where `target_kl` is set. `advantages` reads, once, which tokens count and which of them
+have an advantage of 0, so that no micro-batch has to ask for the number of its rows. Tokens of
+advantage 0 that no KL term or entropy bonus needs never reach the head, and without a critic whole
+responses of them not even the trunk. The policy's metrics, approx_kl and entropy among them, are
+means over the tokens that did reach the head.
+
+Faults: a pass that runs out of memory is repeated with half the token budget, which does not change
+the gradient; a step whose loss or gradient is not finite changes nothing. An update that a signal
+stopped (interrupts.py) goes on where it was when `update` is called with the same batch again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from fastppo import ops
+from fastppo.data.sequences import PackedBatch
+from fastppo.models.policy import Policy
+from fastppo.ppo import update_metrics
+from fastppo.ppo.advantages import add_advantages, num_valid_sequences
+from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.update_metrics import StepStats
+from fastppo.training import interrupts
+from fastppo.training.device import resolve_device, resolve_precision
+from fastppo.training.memory import free_memory, is_out_of_memory, retried
+from fastppo.training.optim import apply_step, grad_norm, make_adamw
+from fastppo.training.seeding import generator
+
+T = TypeVar("T")
+
+
+@dataclass
+class UpdateProgress:
+    """How far an update has come."""
+
+    epoch: int = 0
+    minibatch: int = 0  # done in this epoch
+    steps: list[StepStats] = field(default_factory=list)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many optimiser steps in a row had a loss or a gradient that is not finite.
+
+    `progress` is where the last of them starts; parameters and optimisers are as they were there.
+    `recorded` is what that step came to.
+    """
+
+    def __init__(self, message: str, progress: UpdateProgress, recorded: StepStats) -> None:
+        super().__init__(message)
+        self.progress = progress
+        self.recorded = recorded
+
+
+class PPOStep:
+    """Evaluate, advantages and update of PPO for one policy.
+
+    Args:
+        model: a transformers causal language model, plain or with a PEFT adapter. It is trained
+            in place.
+        config: the algorithm; the fields about rollouts, data and outputs are not used here.
+        ref_model: the reference policy; by default the choice of `config.reference`.
+        value_model: the model that a separate critic starts from.
+
+    Raises:
+        ValueError: a model that the packed forward does not support, by name.
+    """
+
+    def __init__(
+        self, model: Any, config: PPOConfig, *, ref_model: Any = None, value_model: Any = None
+    ) -> None:
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        self.policy = Policy(
+            model,
+            critic=config.critic_kind,
+            value_model=value_model,
+            reference=_reference(config, model, ref_model),
+            ref_model=ref_model,
+            train_layers=config.train_layers,
+            precision=self.precision,
+            gradient_checkpointing=config.gradient_checkpointing,
+        ).to(self.device)
+        self.actor_optimizer = make_adamw(self.policy.actor_parameters(), config)
+        critic = self.policy.critic_parameters()
+        self.critic_optimizer = make_adamw(critic, config) if critic else None
+        self.iteration = 0
+        """Updates done so far; schedules and minibatch orders follow it."""
+        self.kl_coef = config.kl_coef
+        """The KL weight in force; it moves where `kl_target` is set."""
+        self.nonfinite_in_a_row = 0
+        """Skipped optimiser steps at the end of the latest update."""
+        self._nonfinite = torch.zeros((), device=self.device)  # the same, up to the latest step
+        self.token_budget = config.token_budget
+        """Most tokens in one pass; halved where that was more than the memory holds."""
+        self.progress: UpdateProgress | None = None
+        """The update that was stopped in the middle, if one was."""
+
+    # Evaluate
+
+    def evaluate(self, batch: PackedBatch) -> PackedBatch:
+        """Fill in old and reference log-probabilities, values and bootstrap values.
+
+        Returns:
+            The batch on the policy's device with `old_logprobs` (N,) at the sampling temperature,
+            `ref_logprobs` (N,) where there is a reference, `values` (N,) and `bootstrap` (B,)
+            where there is a critic; all fp32.
+        """
+        batch = batch.to(self.device)
+        return self._within_memory(batch, lambda: self._evaluate(batch))
+
+    def _evaluate(self, batch: PackedBatch) -> PackedBatch:
+        bins = batch.bins(self.token_budget)
+        order = np.concatenate([np.asarray(b, dtype=np.int64) for b in bins])
+        with torch.no_grad(), self.policy.autocast():
+            parts = [self._evaluate_bin(batch.select(b)) for b in bins]
+        fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return batch.select(order).replace(**fields).select(np.argsort(order))
+
+    def _evaluate_bin(self, batch: PackedBatch) -> dict[str, Tensor]:
+        interrupts.check()
+        policy, temperature = self.policy, self.config.temperature
+        with record_function("fastppo::old_logprobs"):
+            hidden = policy.trunk(batch)  # (T, H)
+            weight, bias = policy.head.weight, policy.head.bias
+            rows = hidden[batch.rows]  # (N, H)
+            scored = ops.linear_logprobs(
+                rows,
+                weight,
+                batch.targets,
+                bias=bias,
+                temperature=temperature,
+                fp32_logits=self.config.fp32_logits,
+            )
+            fields = {"old_logprobs": scored.logprobs}
+        with record_function("fastppo::ref"):
+            ref = policy.ref_logprobs(batch, temperature, fp32_logits=self.config.fp32_logits)
+            if ref is not None:
+                fields["ref_logprobs"] = ref
+        if policy.has_critic:
+            with record_function("fastppo::values"):
+                hidden = policy.critic_trunk(batch, hidden)
+                fields["values"] = policy.values(hidden[batch.rows])
+                after = policy.values(hidden[batch.last_rows])
+                fields["bootstrap"] = torch.where(batch.truncated, after, 0.0)
+        return fields
+
+    # Advantages
+
+    def advantages(
+        self,
+        batch: PackedBatch,
+        scores: Tensor | np.ndarray | Sequence[float],
+        group_ids: Tensor | np.ndarray | Sequence[int] | None = None,
+    ) -> PackedBatch:
+        """Turn one score per response into rewards, advantages and returns.
+
+        Args:
+            batch: an evaluated batch.
+            scores: (B,) rewards of whole responses; NaN drops that response from the loss.
+            group_ids: (B,) which responses share a prompt; needed by the group baselines.
+
+        Returns:
+            The batch with `rewards`, `advantages` (N,) fp32 and `loss_mask` (N,) bool, and with
+            `returns` (N,) fp32 where there is a critic.
+
+        Raises:
+            ValueError: scores or group ids of the wrong length, or no group ids where needed.
+        """
+        _need(batch, "old_logprobs", "step.evaluate")
+        with record_function("fastppo::advantages"):
+            batch = retried(
+                lambda: add_advantages(batch, scores, group_ids, self.config, self.kl_coef),
+                self.device,
+            )
+            _ = batch.valid_lengths, batch.driving_lengths  # read here, once, not in the update
+            return batch
+
+    # Update
+
+    def update(self, batch: PackedBatch) -> dict[str, float]:
+        """Train on one rollout batch: epochs × minibatches, each minibatch one optimiser step.
+
+        Args:
+            batch: a batch that went through `evaluate` and `advantages`; after an interruption the
+                same one again, to go on.
+
+        Returns:
+            CleanRL's metrics, see `update_metrics.read`, and the schedules in force.
+
+        Raises:
+            NonFiniteError: `max_nonfinite_steps` steps in a row had a loss or gradient that is not
+                finite; no parameter changed in them or after them.
+            Interrupted: a signal came, see interrupts.py. `progress` says how far the update is.
+        """
+        config = self.config
+        _need(batch, "advantages", "step.advantages")
+        factor = config.lr_factor(self.iteration)
+        _set_lr(self.actor_optimizer, config.learning_rate * factor)
+        if self.critic_optimizer is not None:
+            critic_lr = config.critic_learning_rate or config.learning_rate
+            _set_lr(self.critic_optimizer, critic_lr * factor)
+        progress = self.progress = self.progress or UpdateProgress()
+        try:
+            self._train(batch, progress)
+            has_critic = self.critic_optimizer is not None
+            metrics, skipped = retried(
+                lambda: update_metrics.read(batch, progress.steps, has_critic=has_critic),
+                self.device,
+            )
+            self._count_nonfinite(
+                skipped, progress, min(config.num_minibatches, batch.num_sequences)
+            )
+        except interrupts.Interrupted:
+            raise
+        except BaseException:
+            self.progress = None
+            raise
+        metrics |= {
+            "update_epochs": float(progress.epoch),
+            "learning_rate": config.learning_rate * factor,
+            "kl_coef": self.kl_coef,
+            "token_budget": float(self.token_budget),
+        }
+        self._adapt_kl(metrics["kl_sequence"], batch.num_sequences)
+        self.iteration += 1
+        self.progress = None
+        return metrics
+
+    def _train(self, batch: PackedBatch, progress: UpdateProgress) -> None:
+        """What is left of the update, one optimiser step at a time."""
+        config = self.config
+        self._nonfinite = torch.full((), float(self.nonfinite_in_a_row), device=self.device)
+        for step in progress.steps:
+            self._nonfinite = (self._nonfinite + 1) * step.skipped
+        while progress.epoch < config.update_epochs:
+            minibatches = self._minibatches(batch, progress.epoch)
+            if progress.epoch and not progress.minibatch and config.target_kl is not None:
+                latest = [step.policy for step in progress.steps[-len(minibatches) :]]
+                if float(ops.reduce_ppo_metrics(latest)["approx_kl"]) > config.target_kl:
+                    break
+            for minibatch in minibatches[progress.minibatch :]:
+                progress.steps.append(self._train_minibatch(minibatch))
+                progress.minibatch += 1
+            progress.epoch, progress.minibatch = progress.epoch + 1, 0
+
+    def _minibatches(self, batch: PackedBatch, epoch: int) -> list[PackedBatch]:
+        """A fresh permutation in every epoch, cut into `num_minibatches` parts of whole sequences.
+
+        One minibatch needs no permutation: its gradient does not depend on the order, and the
+        bins of `evaluate` are then repeated exactly, so that the first ratio is exactly 1.
+        """
+        size, parts = batch.num_sequences, self.config.num_minibatches
+        if parts == 1:
+            return [batch]
+        rng = generator(self.config.seed, self.iteration, f"minibatches/{epoch}")
+        order = torch.randperm(size, generator=rng).numpy()
+        cut = np.array_split(order, min(parts, size))
+        return retried(lambda: [batch.select(part) for part in cut], self.device)
+
+    def _train_minibatch(self, batch: PackedBatch) -> StepStats:
+        """One optimiser step of actor and critic, or of neither."""
+        policy, value_loss, norms = self._within_memory(batch, lambda: self.gradients(batch))
+        with record_function("fastppo::optimiser"):
+            empty = not batch.valid_lengths.any()
+            return retried(lambda: self._apply(policy, value_loss, norms, empty), self.device)
+
+    def _apply(
+        self, policy: Tensor, value_loss: Tensor, norms: list[Tensor], empty: bool
+    ) -> StepStats:
+        """Step with the gradients, unless something is not finite or no token counts (`empty`).
+
+        A step is also skipped once `max_nonfinite_steps` in a row were. Their count is on the
+        device, so that the steps after the last one that was allowed change nothing even though
+        nobody has read it yet.
+        """
+        losses = policy[ops.PPO_METRIC_NAMES.index("policy_loss")] + value_loss
+        bad = ~torch.stack([losses, *norms]).isfinite().all()
+        stopped = self._nonfinite >= self.config.max_nonfinite_steps
+        count = torch.where(stopped, self._nonfinite, (self._nonfinite + 1) * bad)
+        skip = bad | stopped
+        stats = self.stats(policy, value_loss, norms, skip)
+        apply_step(self._stepped(), norms, self.config.max_grad_norm, skip | empty)
+        self._nonfinite = count
+        return stats
+
+    def stats(
+        self, policy: Tensor, value_loss: Tensor, norms: list[Tensor], skip: Tensor
+    ) -> StepStats:
+        """What `gradients` returned, and () bool whether the step was skipped, by name."""
+        zero = torch.zeros((), device=self.device)
+        both = norms if self._trains_actor else [zero, *norms]
+        return StepStats(policy, value_loss, both[0], (*both[1:], zero)[0], skip.float())
+
+    @property
+    def _trains_actor(self) -> bool:
+        return self.iteration >= self.config.critic_warmup
+
+    @property
+    def _loss(self) -> ops.PPOLossConfig:
+        """The policy loss with the KL weight in force."""
+        kl_coef = self.kl_coef if self.config.kl_in == "loss" else 0.0
+        return replace(self.config.loss, kl_coef=kl_coef)
+
+    def _stepped(self) -> list[torch.optim.Optimizer]:
+        """The optimisers that take a step in this iteration."""
+        actor = self.actor_optimizer if self._trains_actor else None
+        return [adamw for adamw in (actor, self.critic_optimizer) if adamw is not None]
+
+    def next_minibatch(self, batch: PackedBatch) -> PackedBatch:
+        """The minibatch of the optimiser step at which `progress` stands."""
+        progress = self.progress or UpdateProgress()
+        return self._minibatches(batch, progress.epoch)[progress.minibatch]
+
+    def gradients(self, batch: PackedBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """`accumulate_gradients`, and the gradient norm () fp32 of each optimiser that steps."""
+        losses = self.accumulate_gradients(batch, train_actor=self._trains_actor)
+        return (*losses, [grad_norm(optimizer) for optimizer in self._stepped()])
+
+    def drop_gradients(self) -> None:
+        """Forget what `accumulate_gradients` added up."""
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
+
+    def _within_memory(self, batch: PackedBatch, work: Callable[[], T]) -> T:
+        """What `work` returns, which is repeated with half the token budget if memory runs out.
+
+        Whatever stops it, no gradient is left behind.
+        """
+        while True:
+            try:
+                return work()
+            except BaseException as error:
+                self.drop_gradients()
+                if not is_out_of_memory(error) or self.token_budget <= batch.max_seqlen:
+                    raise
+            self.token_budget = max(batch.max_seqlen, self.token_budget // 2)
+            free_memory(self.device)
+
+    def accumulate_gradients(
+        self, batch: PackedBatch, *, train_actor: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradient of one minibatch, in micro-batches of `token_budget` tokens.
+
+        The normaliser is the whole minibatch's, so the gradient does not depend on how it is split.
+
+        Returns:
+            The metric vector of `ops.PPO_METRIC_NAMES` (M,) and the value loss (), both fp32.
+        """
+        aggregation = self.config.loss_aggregation
+        mask = _need(batch, "loss_mask", "step.advantages")
+        total: Tensor | float = mask.sum()
+        if aggregation.startswith("seq-mean"):
+            total = num_valid_sequences(batch)
+        elif aggregation == "constant":
+            total = batch.num_sequences * self.config.max_response_length
+        weights = ops.loss_weights(batch.cu_responses, mask, aggregation=aggregation, total=total)
+        live = needed = batch.valid_lengths
+        if self._loss.zero_advantages_change_nothing:
+            live = batch.driving_lengths
+            needed = needed if self.policy.has_critic else live
+        counted = np.flatnonzero(needed)
+        batch = batch.replace(weights=weights)
+        if 0 < len(counted) < batch.num_sequences:  # the others would be run for nothing
+            live, batch = live[counted], batch.select(counted)
+        bins = batch.bins(self.token_budget)
+        parts = [self._backward(batch.select(b), train_actor, int(live[b].sum())) for b in bins]
+        policy = ops.combine_ppo_metrics([part[0] for part in parts])
+        return policy, torch.stack([part[1] for part in parts]).sum()
+
+    def _backward(
+        self, batch: PackedBatch, train_actor: bool, num_live: int
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch whose weights are already normalised; `num_live`
+        of its rows reach the head.
+        """
+        interrupts.check()
+        config, policy = self.config, self.policy
+        weights = _need(batch, "weights", "ops.loss_weights")
+        with policy.autocast():
+            with torch.set_grad_enabled(train_actor):
+                hidden = policy.trunk(batch)  # (T, H)
+                actor = ops.linear_ppo_loss(
+                    hidden[batch.rows],
+                    policy.head.weight,
+                    batch.targets,
+                    _need(batch, "old_logprobs", "step.evaluate"),
+                    _need(batch, "advantages", "step.advantages"),
+                    weights,
+                    self._loss,
+                    ref_logprobs=batch.ref_logprobs,
+                    rollout_logprobs=batch.rollout_logprobs,
+                    bias=policy.head.bias,
+                    temperature=config.temperature,
+                    cu_seqlens=batch.cu_responses,
+                    num_live=num_live,
+                    fp32_logits=config.fp32_logits,
+                )
+            loss = actor.loss
+            value_loss = torch.zeros((), device=batch.device)
+            if policy.has_critic:
+                critic = ops.value_loss(
+                    policy.values(policy.critic_trunk(batch, hidden)[batch.rows]),
+                    batch.values,
+                    _need(batch, "returns", "step.advantages"),
+                    weights,
+                    clip=config.clip_vloss or None,
+                )
+                loss = loss + config.vf_coef * critic.loss
+                value_loss = critic.loss.detach()
+        loss.backward()
+        return actor.metrics, value_loss
+
+    def _count_nonfinite(
+        self, skipped: list[bool], progress: UpdateProgress, num_minibatches: int
+    ) -> None:
+        limit = self.config.max_nonfinite_steps
+        for index, flag in enumerate(skipped):
+            if flag and self.nonfinite_in_a_row + 1 == limit:
+                raise NonFiniteError(
+                    f"{limit} optimiser steps in a row had a loss or a gradient that is not finite "
+                    f"(max_nonfinite_steps = {limit}); they changed no parameter. Lower "
+                    "learning_rate, or set precision = 'fp32'",
+                    UpdateProgress(*divmod(index, num_minibatches), progress.steps[:index]),
+                    progress.steps[index],
+                )
+            self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if flag else 0
+
+    def _adapt_kl(self, kl_sequence: float, episodes: int) -> None:
+        """Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), §2.2: KL summed per sequence."""
+        if self.config.kl_target is not None and math.isfinite(kl_sequence):
+            error = min(0.2, max(-0.2, kl_sequence / self.config.kl_target - 1.0))
+            self.kl_coef *= 1.0 + error * episodes / self.config.kl_horizon
+
+
+def _reference(
+    config: PPOConfig, model: Any, ref_model: Any
+) -> Literal["copy", "adapter", "model", "none"]:
+    if ref_model is not None:
+        return "model"
+    if config.reference != "auto":
+        return config.reference
+    if config.kl_coef == 0:
+        return "none"
+    return "adapter" if hasattr(model, "peft_config") else "copy"
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _need(batch: PackedBatch, name: str, maker: str) -> Tensor:
+    """A field that an earlier stage must have filled in."""
+    value: Tensor | None = getattr(batch, name)
+    if value is None:
+        raise ValueError(f"batch.{name}: expected a tensor, got None. Call {maker} first")
+    return value

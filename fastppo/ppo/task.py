@@ -1,0 +1,86 @@
+"""What a run trains on: prompts and rewards, checked against each other and the model.
+
+Everything here happens before a weight is read, so that a mistake costs seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fastppo.data.prompts import PromptDataset, load_records
+from fastppo.models.attention import check_supported
+from fastppo.ppo.config import PPOConfig
+from fastppo.rewards import RewardLimits, Rewards
+
+
+class Task(NamedTuple):
+    """Prompts, held-out prompts and the reward."""
+
+    train: PromptDataset
+    held_out: PromptDataset | None
+    rewards: Rewards
+
+
+def make_task(
+    args: PPOConfig,
+    model_config: Any,
+    tokenizer: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]],
+    reward_weights: Sequence[float] | None,
+) -> Task:
+    """Read and tokenise the prompts, and check that a run with them can work.
+
+    Args:
+        args: the run's configuration.
+        model_config: the model's transformers configuration.
+        tokenizer: the model's tokenizer.
+        train_dataset: anything `load_records` reads.
+        eval_dataset: likewise, or None.
+        reward_funcs: what scores a completion.
+        reward_weights: weight of each, or None for 1 each.
+
+    Raises:
+        ValueError: a model that packed attention does not support, prompts that do not fit, a
+            reward function that needs a column which the data does not have.
+    """
+    check_supported(model_config)
+    train, held_out = (
+        None
+        if source is None
+        else PromptDataset(
+            load_records(source),
+            tokenizer,
+            max_prompt_length=args.max_prompt_length,
+            overlong=args.overlong_prompts,
+        )
+        for source in (train_dataset, eval_dataset)
+    )
+    if train is None:
+        raise ValueError("train_dataset: expected prompts, got None")
+    if args.eval_interval and held_out is None:
+        raise ValueError(f"eval_interval = {args.eval_interval} needs an eval_dataset")
+    limits = RewardLimits(
+        workers=args.reward_workers,
+        timeout=args.reward_timeout,
+        memory_gb=args.reward_memory_gb,
+        max_failure_rate=args.reward_max_failure_rate,
+    )
+    rewards = Rewards(reward_funcs, reward_weights, limits)
+    for data in filter(None, (train, held_out)):
+        rewards.check_columns(data.columns)
+        _check_positions(data, args.max_response_length, model_config)
+    return Task(train, held_out, rewards)
+
+
+def _check_positions(data: PromptDataset, response: int, model_config: Any) -> None:
+    limit = getattr(model_config, "max_position_embeddings", None)
+    longest = max(len(ids) for ids in data.ids)
+    if limit is not None and longest + response > limit:
+        raise ValueError(
+            f"max_response_length = {response}: with the longest prompt of {longest} tokens that "
+            f"is more than the model's {limit} positions. Shorten it, or lower max_prompt_length "
+            "with overlong_prompts = 'filter'"
+        )

@@ -1,0 +1,89 @@
+"""The metrics of one update, brought to the host in a single copy.
+
+While the update runs every figure stays on the device: each optimiser step leaves a `StepStats`,
+and `read` turns the list of them, with the statistics of the rollout batch itself, into floats.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo import ops
+from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.advantages import num_valid_sequences
+
+
+class StepStats(NamedTuple):
+    """What one optimiser step leaves on the device."""
+
+    policy: Tensor  # (M,) fp32, the vector of ops.PPO_METRIC_NAMES
+    value_loss: Tensor  # () fp32
+    actor_norm: Tensor  # () fp32, gradient norm before clipping
+    critic_norm: Tensor  # () fp32
+    skipped: Tensor  # () fp32, 1 where the loss or a gradient was not finite
+
+
+def read(
+    batch: PackedBatch, steps: list[StepStats], *, has_critic: bool
+) -> tuple[dict[str, float], list[bool]]:
+    """CleanRL's metrics over all optimiser steps, and which of the steps were skipped.
+
+    Returns:
+        Means over the response tokens that reached the head; the losses and the gradient norms are
+        means over steps. What has no input (no reference, no critic, no rollout log-probabilities,
+        no such token) is NaN or left out.
+    """
+    reduced = ops.reduce_ppo_metrics([step.policy for step in steps])
+    scalars = {**reduced, **batch_metrics(batch)}
+    for name in ("policy_loss", "kl_loss"):  # these add up over the steps
+        scalars[name] = scalars[name] / len(steps)
+    scalars["actor_grad_norm"] = torch.stack([step.actor_norm for step in steps]).mean()
+    if has_critic:
+        scalars["value_loss"] = torch.stack([step.value_loss for step in steps]).mean()
+        scalars["critic_grad_norm"] = torch.stack([step.critic_norm for step in steps]).mean()
+    values = torch.stack([value.float() for value in scalars.values()])
+    host = torch.cat([values, torch.stack([step.skipped for step in steps])]).tolist()
+    metrics = {"value_loss": math.nan, **dict(zip(scalars, host, strict=False))}
+    if not metrics["num_tokens"]:  # of nothing there is no mean
+        sums = ("num_tokens", "policy_loss", "kl_loss")
+        metrics |= {name: math.nan for name in reduced if name not in sums}
+    skipped = [bool(flag) for flag in host[len(scalars) :]]
+    metrics["nonfinite_steps"] = float(sum(skipped))
+    return metrics, skipped
+
+
+def batch_metrics(batch: PackedBatch) -> dict[str, Tensor]:
+    """`kl`, `kl_sequence`, `explained_variance` and `dropped` of a rollout batch, as () tensors.
+
+    The KL is k1, the mean of ln π_old − ln π_ref: per token, and summed per sequence. The explained
+    variance is 1 − Var(returns − values) / Var(returns), 0 where the returns do not vary. `dropped`
+    is the share of sequences of which no token is in the loss.
+    """
+    mask = batch.loss_mask
+    assert mask is not None
+    count = mask.sum().clamp(min=1)
+    nan = torch.full((), math.nan, device=batch.device)
+    result = {"kl": nan, "kl_sequence": nan, "explained_variance": nan}
+    result["dropped"] = 1.0 - num_valid_sequences(batch) / batch.num_sequences
+    if batch.ref_logprobs is not None and batch.old_logprobs is not None:
+        kl = torch.where(mask, batch.old_logprobs - batch.ref_logprobs, 0.0).sum()
+        result["kl"] = kl / count
+        result["kl_sequence"] = kl / num_valid_sequences(batch).clamp(min=1)
+    if batch.values is not None and batch.returns is not None:
+
+        def mean(x: Tensor) -> Tensor:
+            return torch.where(mask, x, 0.0).sum() / count
+
+        def variance(x: Tensor) -> Tensor:
+            return mean((x - mean(x)).square())
+
+        spread = variance(batch.returns)
+        # returns = A + V of equal returns differ by rounding, which grows with either
+        varies = spread > 1e-10 * mean(batch.returns.square() + batch.values.square())
+        unexplained = variance(batch.returns - batch.values) / torch.where(varies, spread, 1.0)
+        result["explained_variance"] = torch.where(varies, 1.0 - unexplained, 0.0)
+    return result

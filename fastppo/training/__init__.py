@@ -1,0 +1,1 @@
+"""What every trainer shares: a run that survives, optimisers, devices, memory, seeds, metrics."""

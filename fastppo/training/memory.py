@@ -1,0 +1,44 @@
+"""When memory runs out: how it is recognised, given back, and a piece of work called again."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+# of the CPU allocator, of CUDA and its libraries, and of C++; torch raises them as RuntimeError
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU, so that less may succeed."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more, to the device's other users too."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def retried(work: Callable[[], T], device: torch.device) -> T:
+    """What `work` returns; where memory runs out it is freed and `work` is called once more.
+
+    Args:
+        work: changes nothing before the last of its allocations, or nothing at all.
+        device: whose memory is freed.
+    """
+    try:
+        return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory(device)  # the error, gone by now, kept the tensors of the call alive
+    return work()
