@@ -155,7 +155,7 @@ def check_equal(options: Options, config: PPOConfig, device: torch.device) -> di
     small = Options(model=options.model, sequences=6, seed=options.seed)
     batch = prepared(step, make_batch(small, model.config.vocab_size), options.seed)
     step.accumulate_gradients(batch)
-    mine = {n: p.grad for n, p in step.policy.model.named_parameters() if p.grad is not None}
+    mine = {n: p.grad for n, p in step.policy.actor.model.named_parameters() if p.grad is not None}
     worst = {}
     for response_only in (False, True):
         padded.model.zero_grad()
@@ -196,7 +196,7 @@ def phases(step: PPOStep, options: Options, batch: PackedBatch) -> dict[str, flo
         )
     ]
     sampling = Sampling(temperature=1.0, max_new_tokens=32, eos_token_ids=(2,), seed=options.seed)
-    engine = PackedEngine(step.policy)
+    engine = PackedEngine(step.policy.actor)
     rewards = Rewards([lambda completions, **_: [float(len(c)) for c in completions]])
     texts = [" ".join(map(str, r)) for r in batch.unpack(batch.targets)]
     responses = batch.unpack(batch.targets)
@@ -233,7 +233,9 @@ def main(options: Options) -> None:
     for name, gap in worst.items():
         print(f"gradients equal in fp32 ({name}): largest difference {gap:.1e} of the largest")
     padded = PaddedStep(load_model(options.model).float(), config, device, step.precision == "bf16")
-    batch = prepared(step, make_batch(options, step.policy.model.config.vocab_size), options.seed)
+    batch = prepared(
+        step, make_batch(options, step.policy.actor.model.config.vocab_size), options.seed
+    )
     data = padded.layout(batch)
     forms = {
         "fastppo, packed": lambda: step.update(batch),

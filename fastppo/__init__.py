@@ -16,7 +16,7 @@ _PUBLIC = {
     "PPOLossConfig": "fastppo.ops",
     "PPOStep": "fastppo.ppo.step",
     "PPOTrainer": "fastppo.ppo.trainer",
-    "PackedBatch": "fastppo.data.sequences",
+    "PackedBatch": "fastppo.ppo.experience",
     "ops": "fastppo.ops",
 }
 
@@ -24,9 +24,9 @@ __all__ = ["PPOConfig", "PPOLossConfig", "PPOStep", "PPOTrainer", "PackedBatch",
 
 if TYPE_CHECKING:
     from fastppo import ops
-    from fastppo.data.sequences import PackedBatch
     from fastppo.ops import PPOLossConfig
     from fastppo.ppo.config import PPOConfig
+    from fastppo.ppo.experience import PackedBatch
     from fastppo.ppo.step import PPOStep
     from fastppo.ppo.trainer import PPOTrainer
 

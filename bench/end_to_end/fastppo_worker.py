@@ -23,7 +23,7 @@ from workload import Counter, Worker, Workload, force_end
 
 from fastppo import PackedBatch, PPOConfig, PPOTrainer, __version__, ops
 from fastppo.models.loading import load_model, load_tokenizer
-from fastppo.models.policy import Policy
+from fastppo.models.packed import PackedModel
 from fastppo.ppo.state import Iteration
 from fastppo.rewards import RewardModel, load_reward_func
 from fastppo.rollout.sampler import Sampler
@@ -92,7 +92,7 @@ def make_trainer(folder: Path, work: Workload, critic: str) -> tuple[PPOTrainer,
 
 def count_heads(counter: Counter) -> None:
     """Count the rows that reach the output head, which here is not a module but an operand."""
-    scored, lost, sampled = ops.linear_logprobs, ops.linear_ppo_loss, Policy.next_logits
+    scored, lost, sampled = ops.linear_logprobs, ops.linear_ppo_loss, PackedModel.next_logits
 
     def linear_logprobs(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         counter.add("heads", len(hidden))
@@ -102,13 +102,13 @@ def count_heads(counter: Counter) -> None:
         counter.add("heads", len(hidden))
         return lost(hidden, *args, **kwargs)
 
-    def next_logits(self: Policy, *args: Any, **kwargs: Any) -> Tensor:
+    def next_logits(self: PackedModel, *args: Any, **kwargs: Any) -> Tensor:
         logits = sampled(self, *args, **kwargs)
         counter.add("policy head", len(logits))
         return logits
 
     ops.linear_logprobs, ops.linear_ppo_loss = linear_logprobs, linear_ppo_loss
-    Policy.next_logits = next_logits
+    PackedModel.next_logits = next_logits
 
 
 def force_lengths(work: Workload) -> None:
@@ -128,10 +128,10 @@ def iterate(folder: Path, work: Workload, critic: str) -> None:
     policy = trainer.policy
     if work.stop == "forced":
         force_lengths(work)
-    counter.watch("policy", policy.model.base_model)
-    counter.watch("reference", policy.reference.base_model)
+    counter.watch("policy", policy.actor.model.base_model)
+    counter.watch("reference", policy.reference.model.base_model)
     if policy.critic is not None:
-        counter.watch("critic", policy.critic.base_model)
+        counter.watch("critic", policy.critic.model.base_model)
     if work.answers is None:
         counter.watch("reward", reward.load().base_model)
     count_heads(counter)
@@ -165,7 +165,7 @@ def check(folder: Path, work: Workload, tensors: Path) -> None:
     theirs = load_file(tensors)
     trainer, reward = make_trainer(folder, work, "separate")
     step = trainer.step
-    model, critic = step.policy.model, step.policy.critic
+    model, critic = step.policy.actor.model, step.policy.critic.model
     before = {f"policy.{k}": v.cpu().clone() for k, v in model.state_dict().items()}
     before |= {f"value.{k}": v.cpu().clone() for k, v in critic.state_dict().items()}
     prompts = [row[row != work.pad_token_id].numpy() for row in theirs["queries"]]

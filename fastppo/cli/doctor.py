@@ -18,9 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 from fastppo import __version__, ops
-from fastppo.data.sequences import PackedBatch
 from fastppo.models.loading import find_model, load_model, load_tokenizer
 from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep
 from fastppo.rollout.engine import Sampling
 from fastppo.rollout.packed import PackedEngine
@@ -113,14 +113,14 @@ def _subject(name: str) -> tuple[Any, list[list[int]], tuple[int, ...], str]:
 
 def step_checks(step: PPOStep, prompts: list[list[int]], eos: tuple[int, ...]) -> list[Check]:
     """Sample from the model and check what must hold before the first update."""
-    broken = sum(int((~p.isfinite()).sum()) for p in step.policy.model.parameters())
+    broken = sum(int((~p.isfinite()).sum()) for p in step.policy.actor.model.parameters())
     finite = Check("weights are finite", float(broken), 0.0, "values")
     if not finite.ok:
         return [finite]  # nothing can be sampled from them
     limit = TOLERANCE[step.precision]
     sampling = Sampling(temperature=1.0, max_new_tokens=16, eos_token_ids=eos, seed=0)
     ids = [torch.tensor(p, dtype=torch.int32).numpy() for p in prompts]
-    rollouts = PackedEngine(step.policy).generate(ids, sampling)
+    rollouts = PackedEngine(step.policy.actor).generate(ids, sampling)
     batch = PackedBatch.pack(
         ids, rollouts.responses, rollout_logprobs=rollouts.logprobs, truncated=rollouts.truncated
     )
@@ -145,7 +145,7 @@ def step_checks(step: PPOStep, prompts: list[list[int]], eos: tuple[int, ...]) -
 def _own_forward(step: PPOStep, batch: PackedBatch) -> Tensor:
     """(N,) log-probabilities from the model's own attention, one unpacked sequence at a time."""
     found = []
-    with step.policy.unpacked() as model, torch.no_grad(), step.policy.autocast():
+    with step.policy.actor.unpacked() as model, torch.no_grad(), step.policy.actor.autocast():
         for i in range(batch.num_sequences):
             one = batch.select([i]).to(step.device)
             logits = model(input_ids=one.input_ids.long()[None]).logits[0]

@@ -18,10 +18,15 @@ from torch import Tensor
 from fastppo import ops
 from fastppo.checkpoint import Checkpoint, CheckpointError, save_model, verify
 from fastppo.data.prompts import decode
-from fastppo.data.sequences import PackedBatch
-from fastppo.models.loading import load_model, load_tokenizer, with_adapter
+from fastppo.models.loading import (
+    load_model,
+    load_tokenizer,
+    load_value_model,
+    with_adapter,
+)
 from fastppo.ppo.build import lora_config
 from fastppo.ppo.config import PPOConfig, TrainConfig
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.state import Iteration, frozen_digest, load_run, saved_run
 from fastppo.ppo.step import PPOStep
 from fastppo.training.seeding import derive_seed
@@ -105,14 +110,16 @@ def _load(checkpoint: Checkpoint, model: str) -> tuple[PPOStep, Iteration, str]:
             f"model: {checkpoint.path} does not name the model its run started from. Name it: "
             "--model NAME"
         )
-    loaded, companions = load_model(name), {}
+    loaded, companions = load_model(name), dict[str, Any]()
     if isinstance(config, TrainConfig):
         if config.lora_rank:
             loaded = with_adapter(
                 loaded, lora_config(config), derive_seed(config.seed, 0, "adapter")
             )
-        names = {"ref_model": config.ref_model, "value_model": config.value_model}
-        companions = {key: load_model(value) for key, value in names.items() if value}
+        if config.ref_model:
+            companions["ref_model"] = load_model(config.ref_model, "ref_model")
+        if config.value_model:
+            companions["value_model"] = load_value_model(config.value_model)
     step = PPOStep(loaded, config, **companions)
     if "policy" not in checkpoint.groups:
         raise CheckpointError(

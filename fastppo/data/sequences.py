@@ -1,11 +1,12 @@
-"""Packed batches: sequences back to back, no padding, one arena and one host-to-device copy.
+"""Packed sequences: back to back, no padding, one arena and one host-to-device copy.
 
 Letters: B sequences; T tokens, prompt + response of every sequence (what the trunk reads);
 N response tokens (what the losses read). Entry i of an (N,) array belongs to the i-th generated
-token: its log-probability given everything before it, and the value of the state before it.
-`rows[i]` is the place among the T tokens whose hidden state predicts that token.
+token. `rows[i]` is the place among the T tokens whose hidden state predicts that token.
 
-The copying and planning is C++ (csrc/) with the GIL released. Nothing here pads.
+This is the layout alone, which every trainer needs; what PPO knows of the response tokens is in
+ppo/experience.py. The copying and planning is C++ (csrc/) with the GIL released. Nothing here pads;
+`from_padded` and `to_padded` are the border to code that does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,25 +28,6 @@ from fastppo.data.ragged import Int32s, checked_indices, select_layout
 
 _TORCH_DTYPES = {"int32": torch.int32, "float32": torch.float32, "bool": torch.bool}
 
-# Fields with data of their own (all others follow from the lengths), by what selects from them.
-_GATHERED = {
-    "input_ids": "tokens",
-    "truncated": "sequences",
-    "bootstrap": "sequences",
-    "targets": "responses",
-    "loss_mask": "responses",
-    "rollout_logprobs": "responses",
-    "old_logprobs": "responses",
-    "ref_logprobs": "responses",
-    "values": "responses",
-    "rewards": "responses",
-    "advantages": "responses",
-    "returns": "responses",
-    "weights": "responses",
-}
-_INT32 = ("input_ids", "position_ids", "cu_seqlens", "targets", "rows", "cu_responses")
-_BOOL = ("truncated", "loss_mask")
-
 TokenSequences = Sequence[Sequence[int]] | Sequence[NDArray[np.integer[Any]]] | Sequence[Tensor]
 FloatSequences = Sequence[Sequence[float]] | Sequence[NDArray[np.floating[Any]]] | Sequence[Tensor]
 BoolSequences = Sequence[Sequence[bool]] | Sequence[NDArray[np.bool_]] | Sequence[Tensor]
@@ -53,13 +35,31 @@ Flat = Sequence[int] | Sequence[float] | NDArray[Any] | Tensor
 Ints = Sequence[int] | NDArray[np.integer[Any]] | Tensor
 Bools = Sequence[bool] | NDArray[np.bool_] | Tensor
 
+Per = Literal["tokens", "responses", "sequences", "offsets"]
+"""What a field has one entry for: T, N, B, and B + 1 for the boundaries."""
+Kind = Literal["int32", "bool", "float"]
+
+_LAYOUT = ("position_ids", "cu_seqlens", "rows", "cu_responses")
+"""Fields that follow from the lengths; all others have data of their own."""
+
+Packed = TypeVar("Packed", bound="PackedSequences")
+
+
+def packed(per: Per, kind: Kind, *, optional: bool = False) -> Any:
+    """A field with one entry for each token, response token or sequence; None by default if
+    `optional`.
+    """
+    about = {"per": per, "kind": kind}
+    if optional:
+        return dataclasses.field(default=None, metadata=about)
+    return dataclasses.field(metadata=about)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PackedBatch:
-    """B prompts and their responses, packed. Frozen: `replace` and `select` make new batches.
+class PackedSequences:
+    """B prompts and their responses, packed. Frozen: `replace` and `select` make new ones.
 
-    Build it with `pack`. All tensors are on one device; the optional ones are None until someone
-    computes them.
+    Build it with `pack` or `from_padded`. All tensors are on one device.
 
     Raises:
         ValueError: a field's length or device does not fit the others.
@@ -67,76 +67,84 @@ class PackedBatch:
     """
 
     # T tokens: prompt then response of each sequence, back to back
-    input_ids: Tensor  # (T,) int32 token ids
-    position_ids: Tensor  # (T,) int32, restarting at 0 in each sequence
-    cu_seqlens: Tensor  # (B+1,) int32, where each sequence starts, then T
-    cu_seqlens_host: Int32s  # (B+1,) int32, the same numbers in host memory
-    max_seqlen: int  # tokens in the longest sequence
+    input_ids: Tensor = packed("tokens", "int32")
+    """(T,) int32 token ids."""
+    position_ids: Tensor = packed("tokens", "int32")
+    """(T,) int32, restarting at 0 in each sequence."""
+    cu_seqlens: Tensor = packed("offsets", "int32")
+    """(B+1,) int32, where each sequence starts, then T."""
+    cu_seqlens_host: Int32s
+    """(B+1,) int32, the same numbers in host memory."""
+    max_seqlen: int
+    """Tokens in the longest sequence."""
+
     # N response tokens: generated ones only
-    targets: Tensor  # (N,) int32 token ids
-    rows: Tensor  # (N,) int32 index into the T tokens of the position before each target
-    cu_responses: Tensor  # (B+1,) int32, where each response starts, then N
-    cu_responses_host: Int32s  # (B+1,) int32, the same numbers in host memory
-    truncated: Tensor  # (B,) bool, the response hit the length limit: told, never inferred
-    loss_mask: Tensor | None = None  # (N,) bool, False: no loss (tool's token, unscored sample)
-    rollout_logprobs: Tensor | None = None  # (N,) fp32 nats, the engine's, at its temperature
-    old_logprobs: Tensor | None = None  # (N,) fp32 nats, of the policy before the update
-    ref_logprobs: Tensor | None = None  # (N,) fp32 nats, of the reference policy
-    values: Tensor | None = None  # (N,) fp32, the critic's value of the state before each token
-    rewards: Tensor | None = None  # (N,) fp32, per token
-    advantages: Tensor | None = None  # (N,) fp32
-    returns: Tensor | None = None  # (N,) fp32, what the critic is trained towards
-    weights: Tensor | None = None  # (N,) fp32, mask and normaliser of the loss
-    bootstrap: Tensor | None = None  # (B,) fp32, value after the last token, 0 where finished
-    # uint8, the one buffer that the packed fields are views of, while they are
+    targets: Tensor = packed("responses", "int32")
+    """(N,) int32 token ids."""
+    rows: Tensor = packed("responses", "int32")
+    """(N,) int32 index into the T tokens of the position before each target."""
+    cu_responses: Tensor = packed("offsets", "int32")
+    """(B+1,) int32, where each response starts, then N."""
+    cu_responses_host: Int32s
+    """(B+1,) int32, the same numbers in host memory."""
+    loss_mask: Tensor | None = packed("responses", "bool", optional=True)
+    """(N,) bool, False: no loss, but context for what follows (a tool's token)."""
+
+    _known_lengths: ClassVar[tuple[str, ...]] = (
+        "valid_lengths",
+    )  # (B,) each, which `select` takes along once they are known
+
     arena: Tensor | None = dataclasses.field(default=None, repr=False)
+    """uint8, the one buffer that the packed fields are views of, while they are."""
 
     def __post_init__(self) -> None:
-        count = {
-            "tokens": self.num_tokens,
-            "responses": self.num_responses,
-            "sequences": self.num_sequences,
-        }
-        sizes = {name: count[source] for name, source in _GATHERED.items()}
-        sizes |= {"position_ids": self.num_tokens, "rows": self.num_responses}
-        sizes |= {"cu_seqlens": self.num_sequences + 1, "cu_responses": self.num_sequences + 1}
         if self.cu_responses_host.shape != self.cu_seqlens_host.shape:
             raise ValueError(
                 f"cu_responses_host: expected shape {self.cu_seqlens_host.shape}, as "
                 f"cu_seqlens_host, got {self.cu_responses_host.shape}"
             )
-        for name, size in sizes.items():
+        sizes = {
+            "tokens": self.num_tokens,
+            "responses": self.num_responses,
+            "sequences": self.num_sequences,
+            "offsets": self.num_sequences + 1,
+        }
+        for name, field in self._packed_fields().items():
             x: Tensor | None = getattr(self, name)
             if x is not None:
-                self._check(name, x, size)
+                self._check(name, x, sizes[field["per"]], field["kind"])
 
-    def _check(self, name: str, x: Tensor, size: int) -> None:
+    @classmethod
+    @functools.cache
+    def _packed_fields(cls) -> dict[str, Any]:
+        """Name → what `packed` said of it."""
+        return {f.name: f.metadata for f in dataclasses.fields(cls) if f.metadata}
+
+    def _check(self, name: str, x: Tensor, size: int, kind: Kind) -> None:
         if x.shape != (size,):
             raise ValueError(f"{name}: expected shape ({size},), got {tuple(x.shape)}")
         if x.device != self.device:
             raise ValueError(f"{name}: expected a tensor on {self.device}, got {x.device}")
-        if name in _INT32:
-            expected, right = "torch.int32", x.dtype == torch.int32
-        elif name in _BOOL:
-            expected, right = "torch.bool", x.dtype == torch.bool
-        else:
+        if kind == "float":
             expected, right = "a floating point dtype", x.dtype.is_floating_point
+        else:
+            dtype = _TORCH_DTYPES[kind]
+            expected, right = str(dtype), x.dtype == dtype
         if not right:
             raise TypeError(f"{name}: expected {expected}, got {x.dtype}")
 
     @classmethod
     def pack(
-        cls,
+        cls: type[Packed],
         prompts: TokenSequences | Flat,
         responses: TokenSequences | Flat,
         *,
         prompt_lengths: Ints | None = None,
         response_lengths: Ints | None = None,
-        rollout_logprobs: FloatSequences | Flat | None = None,
         loss_mask: BoolSequences | Flat | None = None,
-        truncated: Bools | None = None,
         device: torch.device | str = "cpu",
-    ) -> PackedBatch:
+        **more: Any,
+    ) -> Packed:
         """Pack B prompts and their responses.
 
         Arrays (numpy, torch on the CPU, anything with the buffer protocol) are read where they
@@ -146,12 +154,9 @@ class PackedBatch:
             prompts: B sequences of ≥ 1 token ids; or all of them in one flat sequence.
             responses: B sequences of ≥ 0 token ids; or all of them in one flat sequence.
             prompt_lengths: (B,) for flat prompts, how many tokens each has.
-            response_lengths: (B,) for flat responses; then rollout_logprobs and loss_mask are
-                flat as well.
-            rollout_logprobs: like responses, float32 or float64, in nats.
+            response_lengths: (B,) for flat responses; then loss_mask is flat as well.
             loss_mask: like responses, bool.
-            truncated: (B,) bool; None: no response was cut.
-            device: where the batch goes, in one copy (from pinned memory for CUDA).
+            device: where they go, in one copy (from pinned memory for CUDA).
 
         Raises:
             TypeError: the element type of a sequence is wrong (floats for tokens, ...).
@@ -163,9 +168,8 @@ class PackedBatch:
             responses,
             prompt_lengths=prompt_lengths,
             response_lengths=response_lengths,
-            rollout_logprobs=rollout_logprobs,
             loss_mask=loss_mask,
-            truncated=truncated,
+            **more,
         )
         if torch.device(device).type == "cuda":
             host = torch.empty(plan.nbytes, dtype=torch.uint8, pin_memory=True)
@@ -175,14 +179,100 @@ class PackedBatch:
         arena = host.to(device, non_blocking=True)
         fields: dict[str, Any] = {}
         for name, (offset, dtype_name, count) in plan.fields.items():
-            dtype = _TORCH_DTYPES[dtype_name]
-            fields[name] = arena[offset : offset + count * dtype.itemsize].view(dtype)
+            if name in cls._packed_fields():
+                dtype = _TORCH_DTYPES[dtype_name]
+                fields[name] = arena[offset : offset + count * dtype.itemsize].view(dtype)
         for name in ("cu_seqlens", "cu_responses"):
             offset, _, count = plan.fields[name]
             in_arena = host.numpy()[offset : offset + 4 * count].view(np.int32)
             # A copy, so that two short arrays do not keep a pinned arena alive.
             fields[name + "_host"] = _read_only(in_arena.copy())
         return cls(**fields, max_seqlen=plan.max_seqlen, arena=arena)
+
+    @classmethod
+    def from_padded(
+        cls: type[Packed],
+        ids: Tensor,
+        prompt_mask: Tensor,
+        response_mask: Tensor,
+        loss_mask: Tensor | None = None,
+        *,
+        device: torch.device | str | None = None,
+        **more: Any,
+    ) -> Packed:
+        """Pack padded sequences, in the order of their rows; waits for a GPU once.
+
+        Padding may stand anywhere, left, right or between: a place that neither mask has is no
+        token. A token that is context but was not generated (a tool's answer in the middle of a
+        response) is in `response_mask`, with `loss_mask` False.
+
+        Args:
+            ids: (B, L) token ids.
+            prompt_mask: (B, L) bool or 0 and 1, the prompt's tokens, at least one in each row.
+            response_mask: (B, L) likewise, the tokens after the prompt.
+            loss_mask: (B, L) likewise, which of these have a loss; None: all of them.
+            device: of the result; None is that of `ids`.
+            more: what `pack` takes; an array for each response token is (B, L).
+
+        Raises:
+            ValueError: masks of another shape than ids, that overlap, or with a prompt's token
+                after a response's; a row without a prompt.
+        """
+        host = {"prompt_mask": prompt_mask, "response_mask": response_mask, "loss_mask": loss_mask}
+        masks = {k: _mask(k, x, ids) for k, x in host.items() if x is not None}
+        prompt, response = masks["prompt_mask"], masks["response_mask"]
+        for row, column in np.argwhere(prompt & response)[:1]:
+            raise ValueError(
+                f"response_mask: expected no token of prompt_mask, got one at [{row}, {column}]"
+            )
+        late = prompt & (np.cumsum(response, 1) > 0)
+        for row, column in np.argwhere(late)[:1]:
+            raise ValueError(
+                f"prompt_mask: expected every token before the response's, got one after it at "
+                f"[{row}, {column}]. Put what a tool said into response_mask, with loss_mask False"
+            )
+        tokens = ids.detach().cpu().numpy()
+        for name, x in more.items():
+            if isinstance(x, Tensor) and x.ndim == 2:
+                if x.shape != ids.shape:
+                    raise ValueError(
+                        f"{name}: expected shape {tuple(ids.shape)}, as ids, got {tuple(x.shape)}"
+                    )
+                more[name] = x.detach().float().cpu().numpy()[response]
+        return cls.pack(
+            tokens[prompt],
+            tokens[response],
+            prompt_lengths=prompt.sum(1),
+            response_lengths=response.sum(1),
+            loss_mask=masks["loss_mask"][response] if "loss_mask" in masks else None,
+            device=ids.device if device is None else device,
+            **more,
+        )
+
+    def to_padded(self, x: Tensor, response_mask: Tensor, fill: float = 0.0) -> Tensor:
+        """An (N,) array in the places of the response tokens it belongs to, others `fill`.
+
+        Args:
+            x: (N,) on this device.
+            response_mask: (B, L), the one that `from_padded` took.
+            fill: what the other places have.
+
+        Returns:
+            (B, L) in the dtype of x.
+
+        Raises:
+            ValueError: the mask or x are of other sequences; told from their shapes alone, so that
+                no GPU is waited for.
+        """
+        if x.shape != (self.num_responses,):
+            raise ValueError(f"x: expected shape ({self.num_responses},), got {tuple(x.shape)}")
+        if response_mask.ndim != 2 or len(response_mask) != self.num_sequences:
+            raise ValueError(
+                f"response_mask: expected shape ({self.num_sequences}, L), got "
+                f"{tuple(response_mask.shape)}"
+            )
+        mask = response_mask.to(x.device, torch.bool)
+        return x.new_full(mask.shape, fill).masked_scatter(mask, x)
 
     @property
     def num_sequences(self) -> int:
@@ -218,25 +308,12 @@ class PackedBatch:
     def valid_lengths(self) -> Int32s:
         """(B,) int32 on the host, response tokens of each sequence that `loss_mask` lets count.
 
-        Reading the mask makes the host wait for a GPU, once: batches that `select` takes from this
-        one know theirs.
+        Reading the mask makes the host wait for a GPU, once: what `select` takes from this
+        batch knows its own.
         """
         if self.loss_mask is None:
             return self.response_lengths
         return self._lengths_where(self.loss_mask)
-
-    @functools.cached_property
-    def driving_lengths(self) -> Int32s:
-        """(B,) int32 on the host, those of `valid_lengths` whose advantage is not 0.
-
-        Reading the advantages makes the host wait for a GPU, once, as for `valid_lengths`.
-        """
-        if self.advantages is None:
-            return self.valid_lengths
-        driving = self.advantages != 0
-        if self.loss_mask is not None:
-            driving = driving & self.loss_mask
-        return self._lengths_where(driving)
 
     def _lengths_where(self, chosen: Tensor) -> Int32s:
         """(B,) how many tokens of each response (N,) bool has chosen."""
@@ -249,7 +326,7 @@ class PackedBatch:
         """(B,) int32 index into the T tokens of the last token of each sequence."""
         return self.cu_seqlens[1:] - 1
 
-    def replace(self, **fields: Any) -> PackedBatch:
+    def replace(self: Packed, **fields: Any) -> Packed:
         """The same batch with some fields changed."""
         return dataclasses.replace(self, **fields)
 
@@ -267,7 +344,7 @@ class PackedBatch:
         """
         return _C.bins(self.sequence_lengths, token_budget)
 
-    def select(self, indices: Ints) -> PackedBatch:
+    def select(self: Packed, indices: Ints) -> Packed:
         """Whole sequences, in the given order, with every field they have.
 
         Costs one index computation on the host, one copy of it to the device and one gather per
@@ -283,19 +360,18 @@ class PackedBatch:
         host = indices.cpu().numpy() if isinstance(indices, Tensor) else indices
         chosen = checked_indices(host, self.num_sequences)
         layout = select_layout(self.cu_seqlens_host, self.cu_responses_host, chosen)
-        packed = torch.from_numpy(np.concatenate(list(layout.values())))
+        joined = torch.from_numpy(np.concatenate(list(layout.values())))
         if self.device.type == "cuda":
-            packed = packed.pin_memory()
-        packed = packed.to(self.device, non_blocking=True)
-        pieces = torch.split_with_sizes(packed, [len(x) for x in layout.values()])
+            joined = joined.pin_memory()
+        joined = joined.to(self.device, non_blocking=True)
+        pieces = torch.split_with_sizes(joined, [len(x) for x in layout.values()])
         on_device = dict(zip(layout, pieces, strict=True))
 
-        fields = {}
-        for name, source in _GATHERED.items():
+        fields = {name: on_device[name] for name in _LAYOUT}
+        for name, field in self._packed_fields().items():
             x: Tensor | None = getattr(self, name)
-            fields[name] = None if x is None else x.index_select(0, on_device[source])
-        for name in ("position_ids", "cu_seqlens", "rows", "cu_responses"):
-            fields[name] = on_device[name]
+            if name not in _LAYOUT and x is not None:
+                fields[name] = x.index_select(0, on_device[field["per"]])
         selected = self.replace(
             **fields,
             cu_seqlens_host=_read_only(layout["cu_seqlens"]),
@@ -303,12 +379,12 @@ class PackedBatch:
             max_seqlen=int(np.diff(layout["cu_seqlens"]).max(initial=0)),
             arena=None,
         )
-        for name in ("valid_lengths", "driving_lengths"):
+        for name in self._known_lengths:
             if name in vars(self):
                 vars(selected)[name] = vars(self)[name][chosen]
         return selected
 
-    def to(self, device: torch.device | str) -> PackedBatch:
+    def to(self: Packed, device: torch.device | str) -> Packed:
         """The batch on another device: one copy for all fields still in the arena."""
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
@@ -340,15 +416,6 @@ class PackedBatch:
         cu = self.cu_responses_host.tolist()
         return [host[start:end] for start, end in itertools.pairwise(cu)]
 
-    def unpack_lists(self, x: Tensor | NDArray[Any]) -> list[list[Any]]:
-        """Cut an (N,) array into B lists of Python numbers (for text and JSON).
-
-        Raises:
-            ValueError: `x` is not (N,).
-        """
-        host = x.detach().cpu() if isinstance(x, Tensor) else x
-        return _C.unpack(host, self.cu_responses_host)
-
 
 def partition(lengths: Ints, k: int) -> list[list[int]]:
     """Divide sequences among k ranks so that each gets nearly the same number of tokens.
@@ -367,6 +434,15 @@ def partition(lengths: Ints, k: int) -> list[list[int]]:
         ValueError: a negative length, or `k` < 1.
     """
     return _C.partition(lengths, k)
+
+
+def _mask(name: str, x: Tensor, ids: Tensor) -> NDArray[np.bool_]:
+    if ids.ndim != 2 or x.shape != ids.shape:
+        raise ValueError(
+            f"{name}: expected shape (B, L), as ids {tuple(ids.shape)}, got {tuple(x.shape)}"
+        )
+    mask: NDArray[np.bool_] = x.detach().cpu().numpy() != 0
+    return mask
 
 
 def _read_only(x: Int32s) -> Int32s:

@@ -37,7 +37,7 @@ from transformers import AttentionInterface
 if TYPE_CHECKING:
     import numpy as np
 
-    from fastppo.data.sequences import PackedBatch
+    from fastppo.data.sequences import PackedSequences
     from fastppo.models.kv_cache import KVCache
 
 NAME = "fastppo"
@@ -128,7 +128,7 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ke
     return "flash_attn" if importlib.util.find_spec("flash_attn") is not None else "varlen"
 
 
-def attention_kwargs(batch: PackedBatch, kernel: Kernel) -> dict[str, Any]:
+def attention_kwargs(batch: PackedSequences, kernel: Kernel) -> dict[str, Any]:
     """Arguments for a transformers model that carry the boundaries of `batch` to the attention."""
     return {
         "cu_seqlens": batch.cu_seqlens,

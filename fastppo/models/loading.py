@@ -83,12 +83,57 @@ def find_model(name: str) -> ModelSource:
     return ModelSource(name)
 
 
-def load_model(name: str) -> Any:
-    """A causal language model with its stored dtype. GGUF files are converted once and cached."""
+def load_model(name: str, role: str = "model") -> Any:
+    """A causal language model with its stored dtype. GGUF files are converted once and cached.
+
+    Args:
+        name: see `find_model`.
+        role: what errors call it.
+
+    Raises:
+        ValueError: it is a sequence classifier, or its weights are not all there.
+    """
     from transformers import AutoModelForCausalLM
 
+    if _is_classifier(load_config(name)):
+        raise ValueError(
+            f"{role}: expected a causal language model, got {name!r}, a sequence classifier (a "
+            "reward model). It scores responses as a reward, or starts the critic as value_model"
+        )
+    return _whole(name, role, AutoModelForCausalLM)
+
+
+def load_value_model(name: str) -> Any:
+    """What a separate critic starts from: a sequence classifier with its score head, a causal
+    language model or a bare trunk, as the folder says; dtype and errors as `load_model`.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = load_config(name)
+    if _is_classifier(config):
+        return _whole(name, "value_model", AutoModelForSequenceClassification)
+    causal = any("LM" in kind for kind in config.architectures or ["LM"])
+    return _whole(name, "value_model", AutoModelForCausalLM if causal else AutoModel)
+
+
+def _is_classifier(config: Any) -> bool:
+    return any("ForSequenceClassification" in kind for kind in config.architectures or [])
+
+
+def _whole(name: str, role: str, auto_class: Any) -> Any:
+    """A model none of whose weights is random."""
+    source = _unquantised(name)
     # named, since a config.json can ask for an attention kernel that is code on a hub
-    return _unquantised(name).load(AutoModelForCausalLM, dtype="auto", attn_implementation="sdpa")
+    model, info = source.load(
+        auto_class, dtype="auto", attn_implementation="sdpa", output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{role}: {name!r} lacks weights for {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: they would be random. "
+            f"Use a folder saved from a {type(model).__name__}"
+        )
+    return model
 
 
 def load_tokenizer(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastppo.models.attention import FAMILIES, NAME, check_supported
+from fastppo.models.attention import FAMILIES, NAME
 
 Precision = Literal["fp32", "bf16"]
 
@@ -182,17 +182,6 @@ def head_dim(model: Any) -> int:
     return size or int(config.hidden_size // config.num_attention_heads)
 
 
-def count_parameters(modules: list[nn.Module], reference: nn.Module | None) -> dict[str, int]:
-    """`trainable` and `total` parameters of the modules, and what the `reference` adds."""
-    own = {id(p): p for module in modules for p in module.parameters()}
-    extra = [] if reference is None else [p for p in reference.parameters() if id(p) not in own]
-    return {
-        "trainable": sum(p.numel() for p in own.values() if p.requires_grad),
-        "total": sum(p.numel() for p in own.values()),
-        "reference": sum(p.numel() for p in extra),
-    }
-
-
 class Rounded:
     """bf16 copies of frozen weights: made once, and again after a weight was loaded or moved."""
 
@@ -210,75 +199,3 @@ class Rounded:
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that train."""
     return [p for p in module.parameters() if p.requires_grad]
-
-
-def make_value_head(critic: Any, device: torch.device) -> nn.Linear:
-    """A linear layer (H → 1) in fp32 for the trunk of `critic`: its score head, if it has one
-    as sequence classification models do, else zero.
-
-    Raises:
-        ValueError: `critic` scores more than one label.
-    """
-    model = unwrap(critic, "value_model")
-    head = nn.Linear(model.config.hidden_size, 1, device=device, dtype=torch.float32)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    score = getattr(model, "score", None)
-    if score is None:
-        return head
-    if score.out_features != 1:
-        raise ValueError(
-            "value_model: expected a sequence classification model with 1 label, got "
-            f"{score.out_features}. A causal language model or a base model is fine too"
-        )
-    with torch.no_grad():
-        head.weight.copy_(score.weight)
-        if score.bias is not None:
-            head.bias.copy_(score.bias)
-    return head
-
-
-def check_companion(name: str, companion: Any, model: Any, vocabulary: int) -> None:
-    """Check a reference or value model against the model it accompanies.
-
-    Raises:
-        ValueError: unsupported, sharing weights with `model`, or with a smaller vocabulary.
-    """
-    check_supported(unwrap(companion, name).config)
-    if {id(p) for p in companion.parameters()} & {id(p) for p in model.parameters()}:
-        raise ValueError(f"{name}: expected a model of its own, got one sharing weights with model")
-    size = companion.get_input_embeddings().num_embeddings
-    if size < vocabulary:
-        raise ValueError(
-            f"{name}: expected the vocabulary of model, {vocabulary} tokens, got {size}. Both must "
-            "use the same tokenizer"
-        )
-
-
-def check_roles(
-    critic: str, value_model: Any, reference: str, ref_model: Any, precision: str, model: Any
-) -> None:
-    """Check the arguments of Policy against each other.
-
-    Raises:
-        ValueError: an unknown choice, or a model that the choice does not use or lacks.
-    """
-    _check_choice("critic", critic, ("shared", "separate", "none"))
-    _check_choice("reference", reference, ("copy", "adapter", "model", "none"))
-    _check_choice("precision", precision, ("fp32", "bf16"))
-    if value_model is not None and critic != "separate":
-        raise ValueError(
-            f"value_model: expected None with critic = {critic!r}, got a model. Use 'separate'"
-        )
-    if (ref_model is not None) != (reference == "model"):
-        raise ValueError(
-            "ref_model: expected a model exactly with reference = 'model', got "
-            f"{'a model' if ref_model is not None else 'none'} with reference = {reference!r}"
-        )
-    if reference == "adapter" and not is_peft(model):
-        raise ValueError("reference: 'adapter' needs a PEFT model, got a plain one. Use 'copy'")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

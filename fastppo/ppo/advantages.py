@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.data.sequences import PackedBatch
 from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.experience import PackedBatch
 
 
 @torch.no_grad()

@@ -11,18 +11,27 @@ import numpy as np
 from fastppo.rewards import RewardBatch, RewardError
 from fastppo.rollout.engine import Rollouts
 
+UNSCORED_ITERATIONS = 10
+"""So many in a row without a single score end a run: nothing is learned from them."""
 
-def check_scored(scored: RewardBatch) -> None:
-    """Refuse a batch from which nothing would be learned.
+
+def check_scored(scored: RewardBatch, rewards: Sequence[float]) -> None:
+    """Refuse to go on where nothing has been scored for long; one such batch is only skipped.
+
+    Args:
+        scored: of the iteration under way.
+        rewards: mean score of each iteration before it, NaN where nothing was scored.
 
     Raises:
-        RewardError: no function could score any sample, and none failed.
+        RewardError: no function could score any sample of the last `UNSCORED_ITERATIONS`.
     """
-    if np.isnan(scored.scores).all() and not scored.failures:
+    before = list(rewards[1 - UNSCORED_ITERATIONS :])
+    unscored = np.isnan(scored.scores).all() and np.isnan(before).all()
+    if unscored and len(before) == UNSCORED_ITERATIONS - 1:
         names = ", ".join(map(repr, scored.per_function))
         raise RewardError(
-            f"reward function {names}: expected a score for at least one sample of the batch, "
-            "got None for all",
+            f"reward function {names}: expected a score for at least one sample of the last "
+            f"{UNSCORED_ITERATIONS} iterations, got None for all",
             function=names,
         )
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastppo.checkpoint import Checkpoint
-from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep, UpdateProgress
 from fastppo.ppo.update_metrics import StepStats
 from fastppo.rewards import RewardBatch, RewardFailure

@@ -31,11 +31,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from fastppo import ops
-from fastppo.data.sequences import PackedBatch
-from fastppo.models.policy import Policy
 from fastppo.ppo import update_metrics
 from fastppo.ppo.advantages import add_advantages, num_valid_sequences
 from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.experience import PackedBatch
+from fastppo.ppo.policy import Policy
 from fastppo.ppo.update_metrics import StepStats
 from fastppo.training import interrupts
 from fastppo.training.device import resolve_device, resolve_precision
@@ -122,41 +122,48 @@ class PPOStep:
             The batch on the policy's device with `old_logprobs` (N,) at the sampling temperature,
             `ref_logprobs` (N,) where there is a reference, `values` (N,) and `bootstrap` (B,)
             where there is a critic; all fp32.
+
+        Raises:
+            ValueError: a token beyond the model's vocabulary, in a batch on the CPU.
         """
+        if batch.device.type == "cpu":  # on a GPU looking would mean to wait
+            self._check_vocabulary(batch)
         batch = batch.to(self.device)
         return self._within_memory(batch, lambda: self._evaluate(batch))
+
+    def _check_vocabulary(self, batch: PackedBatch) -> None:
+        size = self.policy.actor.model.get_input_embeddings().num_embeddings
+        last = int(batch.input_ids.max()) if batch.num_tokens else 0
+        if last >= size:
+            raise ValueError(
+                f"batch.input_ids: expected tokens of the model's vocabulary of {size}, got {last}. "
+                "Use the model's own tokenizer, or resize the model's embeddings"
+            )
 
     def _evaluate(self, batch: PackedBatch) -> PackedBatch:
         bins = batch.bins(self.token_budget)
         order = np.concatenate([np.asarray(b, dtype=np.int64) for b in bins])
-        with torch.no_grad(), self.policy.autocast():
+        with torch.no_grad(), self.policy.actor.autocast():
             parts = [self._evaluate_bin(batch.select(b)) for b in bins]
         fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return batch.select(order).replace(**fields).select(np.argsort(order))
 
     def _evaluate_bin(self, batch: PackedBatch) -> dict[str, Tensor]:
         interrupts.check()
-        policy, temperature = self.policy, self.config.temperature
+        policy = self.policy
+        scale: dict[str, Any] = {
+            "temperature": self.config.temperature,
+            "fp32_logits": self.config.fp32_logits,
+        }
         with record_function("fastppo::old_logprobs"):
-            hidden = policy.trunk(batch)  # (T, H)
-            weight, bias = policy.head.weight, policy.head.bias
-            rows = hidden[batch.rows]  # (N, H)
-            scored = ops.linear_logprobs(
-                rows,
-                weight,
-                batch.targets,
-                bias=bias,
-                temperature=temperature,
-                fp32_logits=self.config.fp32_logits,
-            )
-            fields = {"old_logprobs": scored.logprobs}
+            hidden = policy.actor.hidden(batch)  # (T, H)
+            fields = {"old_logprobs": policy.actor.logprobs(batch, hidden=hidden, **scale)}
         with record_function("fastppo::ref"):
-            ref = policy.ref_logprobs(batch, temperature, fp32_logits=self.config.fp32_logits)
-            if ref is not None:
-                fields["ref_logprobs"] = ref
-        if policy.has_critic:
+            if policy.reference is not None:
+                fields["ref_logprobs"] = policy.reference.logprobs(batch, **scale)
+        if policy.value_head is not None:
             with record_function("fastppo::values"):
-                hidden = policy.critic_trunk(batch, hidden)
+                hidden = policy.critic_hidden(batch, hidden)
                 fields["values"] = policy.values(hidden[batch.rows])
                 after = policy.values(hidden[batch.last_rows])
                 fields["bootstrap"] = torch.where(batch.truncated, after, 0.0)
@@ -190,7 +197,7 @@ class PPOStep:
                 lambda: add_advantages(batch, scores, group_ids, self.config, self.kl_coef),
                 self.device,
             )
-            _ = batch.valid_lengths, batch.driving_lengths  # read here, once, not in the update
+            _ = batch.valid_lengths, batch.active_lengths  # read here, once, not in the update
             return batch
 
     # Update
@@ -375,8 +382,8 @@ class PPOStep:
         weights = ops.loss_weights(batch.cu_responses, mask, aggregation=aggregation, total=total)
         live = needed = batch.valid_lengths
         if self._loss.zero_advantages_change_nothing:
-            live = batch.driving_lengths
-            needed = needed if self.policy.has_critic else live
+            live = batch.active_lengths
+            needed = needed if self.policy.value_head is not None else live
         counted = np.flatnonzero(needed)
         batch = batch.replace(weights=weights)
         if 0 < len(counted) < batch.num_sequences:  # the others would be run for nothing
@@ -395,12 +402,12 @@ class PPOStep:
         interrupts.check()
         config, policy = self.config, self.policy
         weights = _need(batch, "weights", "ops.loss_weights")
-        with policy.autocast():
+        with policy.actor.autocast():
             with torch.set_grad_enabled(train_actor):
-                hidden = policy.trunk(batch)  # (T, H)
+                hidden, head = policy.actor.hidden(batch), policy.actor.head  # (T, H)
                 actor = ops.linear_ppo_loss(
                     hidden[batch.rows],
-                    policy.head.weight,
+                    head.weight,
                     batch.targets,
                     _need(batch, "old_logprobs", "step.evaluate"),
                     _need(batch, "advantages", "step.advantages"),
@@ -408,7 +415,7 @@ class PPOStep:
                     self._loss,
                     ref_logprobs=batch.ref_logprobs,
                     rollout_logprobs=batch.rollout_logprobs,
-                    bias=policy.head.bias,
+                    bias=head.bias,
                     temperature=config.temperature,
                     cu_seqlens=batch.cu_responses,
                     num_live=num_live,
@@ -416,9 +423,9 @@ class PPOStep:
                 )
             loss = actor.loss
             value_loss = torch.zeros((), device=batch.device)
-            if policy.has_critic:
+            if policy.value_head is not None:
                 critic = ops.value_loss(
-                    policy.values(policy.critic_trunk(batch, hidden)[batch.rows]),
+                    policy.values(policy.critic_hidden(batch, hidden)[batch.rows]),
                     batch.values,
                     _need(batch, "returns", "step.advantages"),
                     weights,

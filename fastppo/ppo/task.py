@@ -72,6 +72,7 @@ def make_task(
     for data in filter(None, (train, held_out)):
         rewards.check_columns(data.columns)
         _check_positions(data, args.max_response_length, model_config)
+        _check_vocabulary(data, model_config, tokenizer)
     return Task(train, held_out, rewards)
 
 
@@ -83,4 +84,16 @@ def _check_positions(data: PromptDataset, response: int, model_config: Any) -> N
             f"max_response_length = {response}: with the longest prompt of {longest} tokens that "
             f"is more than the model's {limit} positions. Shorten it, or lower max_prompt_length "
             "with overlong_prompts = 'filter'"
+        )
+
+
+def _check_vocabulary(data: PromptDataset, model_config: Any, tokenizer: Any) -> None:
+    size = getattr(model_config, "vocab_size", None)
+    last = max(int(ids.max()) for ids in data.ids)
+    if size is not None and last >= size:
+        raise ValueError(
+            f"processing_class: expected tokens of the model's vocabulary of {size}, got "
+            f"{tokenizer.convert_ids_to_tokens(last)!r} with id {last} in a prompt, of "
+            f"{len(tokenizer)} in the tokenizer. Use the model's own tokenizer, or call "
+            f"model.resize_token_embeddings({len(tokenizer)}) and train the new rows first"
         )

@@ -19,17 +19,18 @@ import numpy as np
 
 from fastppo.checkpoint import delete, lock_run_dir, save_model, write_json
 from fastppo.data.prompts import PromptDataset, decode
-from fastppo.data.sequences import PackedBatch
 from fastppo.models.loading import (
     eos_token_ids,
     load_config,
     load_model,
     load_tokenizer,
+    load_value_model,
     with_adapter,
 )
 from fastppo.ppo import recovery
 from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.scores import check_scored, evaluation, mean, sample_rows, score_metrics
 from fastppo.ppo.state import Iteration, Run, frozen_digest
 from fastppo.ppo.step import NonFiniteError, PPOStep
@@ -124,19 +125,23 @@ class PPOTrainer:
             self._opened = open_run(args, resume_from_checkpoint, allow_changes, held)
             self.run_dir, self.store = self._opened.run_dir, self._opened.store
             self.rewards.load_models()
-            loaded = _loaded(model)
+            loaded = load_model(model) if isinstance(model, str) else model
             if peft_config is not None:
                 loaded = with_adapter(loaded, peft_config, derive_seed(args.seed, 0, "adapter"))
             self.step = PPOStep(
                 loaded,
                 args,
-                ref_model=None if ref_model is None else _loaded(ref_model),
-                value_model=None if value_model is None else _loaded(value_model),
+                ref_model=load_model(ref_model, "ref_model")
+                if isinstance(ref_model, str)
+                else ref_model,
+                value_model=load_value_model(value_model)
+                if isinstance(value_model, str)
+                else value_model,
             )
             self._held = held.pop_all()
             """Until `train` is done: the lock of a run that is resumed."""
         self.policy = self.step.policy
-        self.engine = engine or PackedEngine(self.policy)
+        self.engine = engine or PackedEngine(self.policy.actor)
         self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
         self.run = Run(self.step.precision, self.train_data.digest, self.rewards.names)
         self.alarms = Alarms(args)
@@ -266,7 +271,7 @@ class PPOTrainer:
             if current.scored is None:
                 with recovery.all_or_nothing(self):
                     scored = self._score(data, indices, rollouts, completions)
-                    check_scored(scored)
+                    check_scored(scored, self.run.rewards)
                 current.scored = scored
         scored = current.scored
         if current.batch is None:
@@ -406,7 +411,3 @@ def _reason(error: BaseException) -> str:
 
 def _name_of(model: PreTrainedModel | str) -> str:
     return model if isinstance(model, str) else str(model.config.name_or_path)
-
-
-def _loaded(model: PreTrainedModel | str) -> Any:
-    return load_model(model) if isinstance(model, str) else model

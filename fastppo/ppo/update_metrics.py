@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.data.sequences import PackedBatch
 from fastppo.ppo.advantages import num_valid_sequences
+from fastppo.ppo.experience import PackedBatch
 
 
 class StepStats(NamedTuple):

@@ -1,4 +1,4 @@
-"""Rollouts by the policy's own modules: packed prompts, a KV cache, rows that leave at their end.
+"""Rollouts by the model's own modules: packed prompts, a KV cache, rows that leave at their end.
 
 The prompts go through the model once, packed as in training. Then each step is one packed row
 again, of one token for every sequence that has not ended; those that have are dropped. So no token
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastppo.models.kv_cache import KVCache
-from fastppo.models.policy import Policy
+from fastppo.models.packed import PackedModel
 from fastppo.rollout.engine import Rollouts, Sampling
 from fastppo.rollout.sampler import Sampler, uniforms
 from fastppo.training import interrupts
@@ -37,13 +37,13 @@ class PackedEngine:
     same uniforms: samples change through the rounding of the logits alone.
 
     Args:
-        policy: whose current weights sample; nothing is copied.
+        model: whose current weights sample; nothing is copied.
         max_rows: most prompts in one pass of the model, at least 1; None is all of a call. Lowered
             where memory runs out, for the calls to come too.
     """
 
-    def __init__(self, policy: Policy, max_rows: int | None = None) -> None:
-        self.policy = policy
+    def __init__(self, model: PackedModel, max_rows: int | None = None) -> None:
+        self.model = model
         self.max_rows = max_rows
 
     def generate(self, prompts: Sequence[np.ndarray], sampling: Sampling) -> Rollouts:
@@ -56,13 +56,13 @@ class PackedEngine:
         Raises:
             ValueError: no prompts, an empty one, or one too long for the model's positions;
                 `max_rows` below 1.
-            Interrupted: a signal has come; the policy is as before.
+            Interrupted: a signal has come; the model is as before.
         """
         _check_prompts(prompts)
         self._check_positions(max(len(prompt) for prompt in prompts), sampling.max_new_tokens)
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows: expected None or an integer ≥ 1, got {self.max_rows}")
-        drawn = uniforms(len(prompts), sampling).to(self.policy.device)
+        drawn = uniforms(len(prompts), sampling).to(self.model.device)
         parts: list[Rollouts] = []
         done = 0
         while done < len(prompts):
@@ -75,7 +75,7 @@ class PackedEngine:
                     raise
                 part = None
             if part is None:  # the error, gone by now, kept the tensors of its pass alive
-                free_memory(self.policy.device)
+                free_memory(self.model.device)
                 self.max_rows = count // 2
             else:
                 parts.append(part)
@@ -84,7 +84,7 @@ class PackedEngine:
 
     def _pass(self, prompts: Sequence[np.ndarray], drawn: Tensor, sampling: Sampling) -> Rollouts:
         """Responses to some prompts from their uniforms `drawn` (B, max_new_tokens)."""
-        device, sampler = self.policy.device, Sampler(sampling, drawn)
+        device, sampler = self.model.device, Sampler(sampling, drawn)
         lengths = np.array([len(prompt) for prompt in prompts])
         cache, boundaries = KVCache(lengths, device), self._boundaries(lengths)
         tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(device)  # (T,)
@@ -93,14 +93,14 @@ class PackedEngine:
         counts, finished = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), bool)
         alive = np.arange(len(prompts))  # (S,) the row of each sequence of the cache
         rows = torch.from_numpy(alive).to(device)  # the same
-        with self.policy.decoding():
+        with self.model.decoding():
             for step in range(sampling.max_new_tokens):
                 interrupts.check()
                 if step:
                     cache.step()
                     boundaries = {}
                 tokens, logprobs[rows, step] = sampler(
-                    self.policy.next_logits(tokens, cache, **boundaries), rows, step
+                    self.model.next_logits(tokens, cache, **boundaries), rows, step
                 )
                 written[alive, step] = tokens.cpu().numpy()  # the one wait of a step
                 counts[alive] += 1
@@ -124,14 +124,14 @@ class PackedEngine:
         """What packed attention has to know of prompts of these lengths, back to back."""
         host = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
         return {
-            "cu_seqlens": torch.from_numpy(host).to(self.policy.device),
+            "cu_seqlens": torch.from_numpy(host).to(self.model.device),
             "cu_seqlens_host": host,
             "max_seqlen": int(lengths.max()),
-            "attention_kernel": self.policy.attention_kernel,
+            "attention_kernel": self.model.attention_kernel,
         }
 
     def _check_positions(self, longest: int, new: int) -> None:
-        limit = getattr(self.policy.model.config, "max_position_embeddings", None)
+        limit = getattr(self.model.model.config, "max_position_embeddings", None)
         if limit is not None and longest + new > limit:
             raise ValueError(
                 f"prompts: expected at most {limit - new} tokens, so that {new} new ones fit the "

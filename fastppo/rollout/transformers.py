@@ -1,6 +1,6 @@
-"""`TransformersEngine` is `fastppo.rollout.packed.PackedEngine` now."""
+"""`TransformersEngine(policy)` is `fastppo.rollout.packed.PackedEngine(policy.actor)` now."""
 
 raise ImportError(
-    "fastppo.rollout.transformers has moved: write "
-    "`from fastppo.rollout.packed import PackedEngine` for TransformersEngine"
+    "fastppo.rollout.transformers has moved: import PackedEngine from fastppo.rollout.packed, and "
+    "write PackedEngine(policy.actor) for TransformersEngine(policy)"
 )

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastppo.data.ragged import offsets, ragged_arange
-from fastppo.data.sequences import PackedBatch, partition
+from fastppo.data.sequences import partition
+from fastppo.ppo.experience import PackedBatch
 
 TOKENS = st.integers(0, 50_000)
 PAIRS = st.lists(

@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fastppo.data.sequences import PackedBatch
 from fastppo.models.tiny import tiny_model, word_tokenizer
 from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep
 from fastppo.ppo.trainer import PPOTrainer
 

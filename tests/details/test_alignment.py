@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastppo.data.prompts import decode
-from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep
 from fastppo.ppo.trainer import PPOTrainer
 from fastppo.rollout.engine import Sampling
@@ -101,7 +101,11 @@ def test_02_no_step_after_the_last_token(
 def test_03_end_token_is_trained_though_it_pads(make_step: Callable[..., PPOStep]) -> None:
     """With pad == eos the end token still counts: rewarding it makes it likelier."""
     step = make_step(advantage="reinforce", learning_rate=1e-2)
-    assert step.policy.model.config.pad_token_id == step.policy.model.config.eos_token_id == EOS
+    assert (
+        step.policy.actor.model.config.pad_token_id
+        == step.policy.actor.model.config.eos_token_id
+        == EOS
+    )
     batch = PackedBatch.pack([[EOS, 5], [EOS, 5]], [[EOS], [9]])
     batch = step.advantages(step.evaluate(batch), [1.0, 0.0])
     assert batch.loss_mask.tolist() == [True, True]
@@ -115,7 +119,7 @@ def test_03_lengths_come_from_the_engine(make_step: Callable[..., PPOStep]) -> N
     """An end token inside or at the end of a prompt hides nothing, and the sampled one is kept."""
     step = make_step()
     prompts = [np.array(p) for p in ([5, EOS, 6, 7], [EOS], [9, EOS], [3])] * 8
-    rollouts = PackedEngine(step.policy).generate(
+    rollouts = PackedEngine(step.policy.actor).generate(
         prompts,
         Sampling(temperature=1.0, max_new_tokens=12, eos_token_ids=(EOS,), seed=1),
     )
@@ -181,7 +185,7 @@ def test_26_positions(
         batch.old_logprobs, padded_forward(plain, batch)[0], atol=1e-5, rtol=0
     )
     prompts = batch_prompts(batch)
-    rollouts = PackedEngine(step.policy).generate(
+    rollouts = PackedEngine(step.policy.actor).generate(
         prompts,
         Sampling(temperature=1.0, max_new_tokens=6, eos_token_ids=(), seed=1),
     )

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-from fastppo.data.sequences import PackedBatch
 from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep
 from fastppo.ppo.trainer import PPOTrainer
 

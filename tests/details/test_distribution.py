@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastppo import ops
-from fastppo.data.sequences import PackedBatch
 from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep
 from fastppo.ppo.trainer import PPOTrainer
 from fastppo.rollout.engine import Sampling
@@ -72,7 +72,7 @@ def test_07_temperature_of_the_sampler(make_step: MakeStep, make_batch: MakeBatc
     """The engine samples, and says so, at the temperature of the training log-probabilities."""
     step = make_step(temperature=0.6)
     prompts = [np.array([5, 6, 7]), np.array([8])]
-    rollouts = PackedEngine(step.policy).generate(
+    rollouts = PackedEngine(step.policy.actor).generate(
         prompts,
         Sampling(temperature=0.6, max_new_tokens=8, eos_token_ids=(), seed=1),
     )
@@ -92,7 +92,7 @@ def test_08_filters_need_a_correction(option: dict[str, Any]) -> None:
 def test_08_filtered_logprobs_are_renormalised(make_step: MakeStep) -> None:
     """With top-k on, the engine's log-probabilities are those of the kept tokens' distribution."""
     sampling = Sampling(temperature=1.0, top_k=2, max_new_tokens=1, eos_token_ids=(), seed=1)
-    rollouts = PackedEngine(make_step().policy).generate([np.array([3, 4])] * 100, sampling)
+    rollouts = PackedEngine(make_step().policy.actor).generate([np.array([3, 4])] * 100, sampling)
     pairs = zip(rollouts.responses, rollouts.logprobs, strict=True)
     kept = {int(ids[0]): float(logprobs[0]) for ids, logprobs in pairs}
     assert len(kept) == 2 and sum(map(math.exp, kept.values())) == pytest.approx(1.0)
@@ -122,9 +122,9 @@ def test_09_logprobs_are_fp32(make_step: MakeStep, make_batch: MakeBatch) -> Non
     """From bf16 logits on everything is fp32: no log-probability is rounded to bf16."""
     step = make_step(precision="bf16", kl_coef=0.1)
     batch = step.evaluate(make_batch())
-    with torch.no_grad(), step.policy.autocast():
-        hidden = step.policy.trunk(batch)[batch.rows]
-        logits = nn.functional.linear(hidden, step.policy.head.weight)
+    with torch.no_grad(), step.policy.actor.autocast():
+        hidden = step.policy.actor.hidden(batch)[batch.rows]
+        logits = nn.functional.linear(hidden, step.policy.actor.head.weight)
     assert logits.dtype == torch.bfloat16
     exact = logits.double().log_softmax(-1).gather(1, batch.targets.long()[:, None])[:, 0]
     for logprobs in (batch.old_logprobs, batch.ref_logprobs):
@@ -180,7 +180,7 @@ def test_11_first_ratio_is_exactly_one(
 ) -> None:
     """On policy, with one minibatch, the ratio is exactly 1, in bf16 too, whatever the bins."""
     step = make_step(precision=precision, token_budget=token_budget, ref_seed=1)
-    forwards = spy(step.policy, "trunk")
+    forwards = spy(step.policy.actor, "hidden")
     batch = make_batch()
     # the sampler's log-probabilities are never taken for the old ones
     batch = batch.replace(rollout_logprobs=torch.full((batch.num_responses,), -9.0))

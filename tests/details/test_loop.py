@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep
 from fastppo.ppo.trainer import PPOTrainer
 

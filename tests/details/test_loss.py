@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastppo.data.sequences import PackedBatch
 from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep
 
 MakeStep = Callable[..., PPOStep]
@@ -24,7 +24,7 @@ def gradients(step: PPOStep, batch: PackedBatch) -> dict[str, Tensor]:
     """Gradients of one minibatch, by parameter; a value head's too."""
     step.accumulate_gradients(batch)
     found = {n: p.grad.clone() for n, p in step.policy.named_parameters() if p.grad is not None}
-    step.policy.zero_grad()
+    step.drop_gradients()
     return found
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fastppo.data.sequences import PackedBatch
 from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import NonFiniteError, PPOStep
 
 # peft asks transformers by a name that transformers 5.23 deprecates
@@ -44,9 +44,11 @@ def test_20_fp32_masters(
 ) -> None:
     """Under bf16 a step of lr 1e-6 still moves the weights, even of a model that came in bf16."""
     step = make_step(make_model().to(loaded), precision="bf16", learning_rate=1e-6)
-    names = [n for n, p in step.policy.model.named_parameters() if p.ndim == 2 and "layers" in n]
+    names = [
+        n for n, p in step.policy.actor.model.named_parameters() if p.ndim == 2 and "layers" in n
+    ]
     assert len(names) == 14
-    weights = dict(step.policy.model.named_parameters())
+    weights = dict(step.policy.actor.model.named_parameters())
     before = {n: weights[n].detach().clone() for n in names}
     learn(step, make_batch())
     for name in names:
@@ -142,14 +144,14 @@ def test_22_dropout_is_off(
     """No dropout in any mode, the model's own or LoRA's: the same numbers twice, and ratio 1."""
     step = make_step(build(make_model).train(), kl_coef=0.1)
     first = step.evaluate(make_batch())
-    step.policy.train()
+    step.policy.actor.model.train()
     second = step.evaluate(make_batch())
-    step.policy.eval()
+    step.policy.actor.model.eval()
     third = step.evaluate(make_batch())
     for other in (second, third):
         assert torch.equal(first.old_logprobs, other.old_logprobs)
         assert torch.equal(first.ref_logprobs, other.ref_logprobs)
-    step.policy.train()
+    step.policy.actor.model.train()
     metrics = learn(step, make_batch())
     assert metrics["ratio"] == metrics["ratio_max"] == 1.0
 

@@ -59,7 +59,7 @@ def in_pack(trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Once:
 def in_a_layer(trainer: PPOTrainer, when: Callable[..., bool]) -> Once:
     """When `when` holds of the rollout's cache, which is None in other forwards."""
     once = Once(trainer, lambda module, args, kwargs: when(kwargs.get("kv_cache")))
-    trainer.policy.model.model.layers[1].register_forward_pre_hook(once, with_kwargs=True)
+    trainer.policy.actor.model.model.layers[1].register_forward_pre_hook(once, with_kwargs=True)
     return once
 
 
@@ -84,7 +84,7 @@ def in_forward(trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Once:
 def in_backward(trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Once:
     """After the gradients of the layers above, and of this one's later tokens, are there."""
     once = Once(trainer, lambda grad: minibatch(trainer) == 1)
-    trainer.policy.model.model.layers[0].mlp.up_proj.weight.register_hook(once)
+    trainer.policy.actor.model.model.layers[0].mlp.up_proj.weight.register_hook(once)
     return once
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fastppo import PPOTrainer
 from fastppo.cli.main import main
-from fastppo.models.policy import Policy
+from fastppo.models.packed import PackedModel
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 from fastppo.ppo.state import step_tensors
 from fastppo.ppo.step import NonFiniteError, PPOStep
@@ -60,7 +60,7 @@ def nothing(trainer: PPOTrainer) -> None:
 
 def in_generation(trainer: PPOTrainer) -> None:
     """NaN logits of the first token of one row."""
-    next_logits = trainer.policy.next_logits
+    next_logits = trainer.policy.actor.next_logits
 
     def spoiled(ids: Tensor, cache: Any, **boundaries: Any) -> Tensor:
         logits = next_logits(ids, cache, **boundaries)
@@ -68,7 +68,7 @@ def in_generation(trainer: PPOTrainer) -> None:
             logits[BAD] = NAN
         return logits
 
-    trainer.policy.next_logits = spoiled
+    trainer.policy.actor.next_logits = spoiled
 
 
 def in_evaluate(trainer: PPOTrainer) -> None:
@@ -82,7 +82,7 @@ def in_evaluate(trainer: PPOTrainer) -> None:
         hidden[0, cu[BAD]] = NAN
         return hidden
 
-    trainer.policy.model.model.layers[0].register_forward_hook(spoil, with_kwargs=True)
+    trainer.policy.actor.model.model.layers[0].register_forward_hook(spoil, with_kwargs=True)
 
 
 @pytest.mark.parametrize(
@@ -133,11 +133,11 @@ def in_a_forward(trainer: PPOTrainer) -> None:
             return None
         return hidden * torch.where(torch.arange(hidden.shape[1]) == 2, NAN, 1.0)[:, None]
 
-    trainer.policy.model.model.layers[0].register_forward_hook(spoil, with_kwargs=True)
+    trainer.policy.actor.model.model.layers[0].register_forward_hook(spoil, with_kwargs=True)
 
 
 def in_the_actors_gradient(trainer: PPOTrainer) -> None:
-    parameter = trainer.policy.model.model.layers[1].mlp.up_proj.weight
+    parameter = trainer.policy.actor.model.model.layers[1].mlp.up_proj.weight
     parameter.register_hook(lambda grad: grad * NAN if at_the_bad_step(trainer) else grad)
 
 
@@ -272,7 +272,7 @@ class Fault:
     ) -> None:
         self.trainer, self.iteration, self.active = trainer, iteration, active
         self.tries = 0
-        trainer.policy.model.model.layers[0].register_forward_hook(self.spoil)
+        trainer.policy.actor.model.model.layers[0].register_forward_hook(self.spoil)
 
     def spoil(self, _: Any, args: Any, hidden: Tensor) -> Tensor | None:
         run, progress = self.trainer.run, self.trainer.step.progress
@@ -370,9 +370,9 @@ def test_the_command_stops_with_a_step_to_replay(
         "def score(completions):\n    return [0.1 * len(text) for text in completions]\n"
     )
     capsys.readouterr()
-    trunk = Policy.trunk
+    trunk = PackedModel.hidden
 
-    def spoilt(self: Policy, batch: Any) -> Tensor:
+    def spoilt(self: PackedModel, batch: Any) -> Tensor:
         hidden = trunk(self, batch)
         overflow = torch.is_grad_enabled() and steps["done"] >= 5
         return hidden * (hidden.abs().sum() * math.inf) if overflow else hidden
@@ -384,7 +384,7 @@ def test_the_command_stops_with_a_step_to_replay(
         steps["done"] += 1
         return train_minibatch(self, batch)
 
-    monkeypatch.setattr(Policy, "trunk", spoilt)
+    monkeypatch.setattr(PackedModel, "hidden", spoilt)
     monkeypatch.setattr(PPOStep, "_train_minibatch", counted)
     monkeypatch.chdir(tmp_path)
     status = main(

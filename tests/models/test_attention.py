@@ -17,7 +17,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from fastppo.data.sequences import PackedBatch
 from fastppo.models import attention
 from fastppo.models.attention import (
     attention_kwargs,
@@ -25,7 +24,8 @@ from fastppo.models.attention import (
     packed_attention,
     select_kernel,
 )
-from fastppo.models.policy import Policy
+from fastppo.models.packed import PackedModel
+from fastppo.ppo.experience import PackedBatch
 
 VOCAB = 97
 SIZES: dict[str, Any] = {
@@ -97,9 +97,9 @@ def test_packed_equals_unpacked(family: str, checkpointing: bool) -> None:
     expected = gradients(model)
     model.zero_grad()
 
-    policy = Policy(model, reference="none", gradient_checkpointing=checkpointing)
-    assert policy.training
-    packed = policy.trunk(pack(sequences)) @ policy.head.weight.T
+    packed_model = PackedModel(model, gradient_checkpointing=checkpointing)
+    assert packed_model.model.training
+    packed = packed_model.hidden(pack(sequences)) @ packed_model.head.weight.T
     torch.testing.assert_close(packed, unpacked, atol=1e-5, rtol=0)
     packed.square().mean().backward()
     for name, grad in gradients(model).items():
@@ -109,10 +109,10 @@ def test_packed_equals_unpacked(family: str, checkpointing: bool) -> None:
 @pytest.mark.parametrize("use_cache", [None, True, False], ids=str)
 def test_a_cache_changes_nothing(family: str, use_cache: bool | None) -> None:
     batch = pack(make_sequences())
-    policy = Policy(make_model(family), reference="none")
-    trunk = policy.model.base_model
+    packed_model = PackedModel(make_model(family))
+    trunk = packed_model.model.base_model
     with torch.no_grad():
-        expected = policy.trunk(batch)
+        expected = packed_model.hidden(batch)
         out = trunk(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -125,10 +125,10 @@ def test_a_cache_changes_nothing(family: str, use_cache: bool | None) -> None:
 def test_order_of_packing_is_irrelevant(family: str) -> None:
     sequences = make_sequences()
     order = [3, 0, 4, 2, 1]
-    policy = Policy(make_model(family), reference="none")
+    packed_model = PackedModel(make_model(family))
     with torch.no_grad():
-        straight = policy.trunk(pack(sequences)).split(list(LENGTHS))
-        permuted = policy.trunk(pack([sequences[i] for i in order]))
+        straight = packed_model.hidden(pack(sequences)).split(list(LENGTHS))
+        permuted = packed_model.hidden(pack([sequences[i] for i in order]))
     expected = torch.cat([straight[i] for i in order])
     torch.testing.assert_close(permuted, expected, atol=1e-5, rtol=0)
 
@@ -136,11 +136,11 @@ def test_order_of_packing_is_irrelevant(family: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_poisoned_neighbour_leaves_a_sequence_bitwise_alone(family: str, precision: Any) -> None:
     sequences = make_sequences()
-    policy = Policy(make_model(family), reference="none", precision=precision)
+    packed_model = PackedModel(make_model(family), precision=precision)
     with torch.no_grad():
-        clean = policy.trunk(pack(sequences)).split(list(LENGTHS))
+        clean = packed_model.hidden(pack(sequences)).split(list(LENGTHS))
         sequences[1] = (sequences[1] + 1) % VOCAB
-        poisoned = policy.trunk(pack(sequences)).split(list(LENGTHS))
+        poisoned = packed_model.hidden(pack(sequences)).split(list(LENGTHS))
     for i, (a, b) in enumerate(zip(clean, poisoned, strict=True)):
         assert torch.equal(a, b) == (i != 1)
 
@@ -149,9 +149,9 @@ def test_poisoned_neighbour_leaves_a_sequence_bitwise_alone(family: str, precisi
 
 
 def test_a_packed_model_called_without_boundaries_raises() -> None:
-    policy = Policy(make_model("llama"), reference="none")
+    packed_model = PackedModel(make_model("llama"))
     with pytest.raises(ValueError, match=r"cu_seqlens: expected the sequence boundaries"):
-        policy.model(torch.ones(1, 4, dtype=torch.long))
+        packed_model.model(torch.ones(1, 4, dtype=torch.long))
 
 
 def unsupported(model_type: str) -> Any:

@@ -60,7 +60,7 @@ def sample(step: PPOStep, seed: int = 0) -> tuple[PackedBatch, np.ndarray, np.nd
         eos_token_ids=(EOS,),
         seed=derive_seed(step.config.seed, seed, "rollout"),
     )
-    rollouts: Rollouts = PackedEngine(step.policy).generate(prompts, sampling)
+    rollouts: Rollouts = PackedEngine(step.policy.actor).generate(prompts, sampling)
     batch = PackedBatch.pack(
         prompts,
         rollouts.responses,
@@ -151,7 +151,7 @@ def test_lora_trains_the_adapter_and_its_base_is_the_reference() -> None:
     config = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
     model = get_peft_model(make_model(), config)
     step = make_step(model, kl_coef=0.01)
-    assert step.policy.reference_kind == "adapter"
+    assert step.policy.reference.model is step.policy.actor.model
     before = state_of(step)
     batch = sample(step)[0]
     first = step.evaluate(batch)

@@ -33,7 +33,7 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 def make_step(**options: Any) -> PPOStep:
     """With a critic that is not 0, so that values matter."""
     step = PPOStep(tiny_model(len(WORDS), seed=0), PPOConfig(**{**FAST, **options}))
-    if step.policy.has_critic:
+    if step.policy.value_head is not None:
         torch.nn.init.constant_(step.policy.value_head.weight, 0.05)
     return step
 
@@ -47,7 +47,7 @@ def make_batch(lengths: Sequence[int] = LENGTHS, **fields: Any) -> PackedBatch:
 
 
 def gradients(step: PPOStep, batch: PackedBatch) -> dict[str, Tensor]:
-    step.policy.zero_grad(set_to_none=True)
+    step.drop_gradients()
     step.accumulate_gradients(batch)
     return {n: p.grad.clone() for n, p in step.policy.named_parameters() if p.grad is not None}
 

@@ -81,7 +81,7 @@ OUT = (
 )
 
 
-@pytest.mark.parametrize("where", ["trunk", "values"])
+@pytest.mark.parametrize("where", ["hidden", "values"])
 @pytest.mark.parametrize("error", OUT, ids=["cuda", "python", "cpu"])
 def test_out_of_memory_halves_the_budget_and_changes_no_gradient(
     where: str, error: BaseException
@@ -91,8 +91,9 @@ def test_out_of_memory_halves_the_budget_and_changes_no_gradient(
 
     step = make_step()
     # the second pass of the evaluation, and one in the middle of the update
-    failing = Failing(getattr(step.policy, where), {2, 9}, error)
-    setattr(step.policy, where, failing)
+    owner = step.policy.actor if where == "hidden" else step.policy
+    failing = Failing(getattr(owner, where), {2, 9}, error)
+    setattr(owner, where, failing)
     metrics = step.update(prepared(step))
     assert failing.count > 9
     assert step.token_budget == 16 and metrics["token_budget"] == 16
@@ -105,7 +106,8 @@ def test_out_of_memory_halves_the_budget_and_changes_no_gradient(
 def test_memory_for_less_than_one_sequence_is_an_error() -> None:
     step = make_step()
     batch = prepared(step)
-    step.policy.trunk = Failing(step.policy.trunk, set(range(1, 99)), OUT[0])  # type: ignore[method-assign]
+    actor = step.policy.actor
+    actor.hidden = Failing(actor.hidden, set(range(1, 99)), OUT[0])  # type: ignore[method-assign]
     with pytest.raises(torch.OutOfMemoryError):
         step.update(batch)
     assert step.token_budget == batch.max_seqlen
@@ -116,7 +118,9 @@ def test_memory_for_less_than_one_sequence_is_an_error() -> None:
 def test_other_errors_are_not_swallowed() -> None:
     step = make_step()
     batch = prepared(step)
-    step.policy.trunk = Failing(step.policy.trunk, {2}, RuntimeError("shape mismatch"))  # type: ignore[method-assign]
+    step.policy.actor.hidden = Failing(
+        step.policy.actor.hidden, {2}, RuntimeError("shape mismatch")
+    )  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="shape mismatch"):
         step.update(batch)
     assert step.token_budget == 64
@@ -157,7 +161,7 @@ def test_a_sequence_whose_forward_is_always_nan_stops_nothing() -> None:
     batch.input_ids[batch.input_ids == 31] = 30
     batch.input_ids[first] = 31
     with torch.no_grad():
-        step.policy.model.get_input_embeddings().weight[31] = torch.nan
+        step.policy.actor.model.get_input_embeddings().weight[31] = torch.nan
     batch = step.evaluate(batch)
     assert batch.old_logprobs.isnan().any()
     metrics = step.update(step.advantages(batch, scores(batch)))

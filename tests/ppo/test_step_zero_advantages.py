@@ -34,12 +34,12 @@ def make(scores: np.ndarray = SCORES, **options: Any) -> tuple[PPOStep, PackedBa
     prompts = [rng.integers(2, len(WORDS), 4) for _ in LENGTHS]
     responses = [rng.integers(2, len(WORDS), n) for n in LENGTHS]
     batch = PackedBatch.pack(prompts, responses, truncated=[False] * len(LENGTHS))
-    groups = None if step.policy.has_critic else np.repeat(np.arange(3), 2)
+    groups = None if step.policy.value_head is not None else np.repeat(np.arange(3), 2)
     return step, step.advantages(step.evaluate(batch), scores, groups)
 
 
 def gradients(step: PPOStep, batch: PackedBatch) -> tuple[dict[str, Tensor], Tensor]:
-    step.policy.zero_grad(set_to_none=True)
+    step.drop_gradients()
     metrics, _ = step.accumulate_gradients(batch)
     found = {n: p.grad.clone() for n, p in step.policy.named_parameters() if p.grad is not None}
     return found, metrics
@@ -48,13 +48,13 @@ def gradients(step: PPOStep, batch: PackedBatch) -> tuple[dict[str, Tensor], Ten
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Rows that the trunk returned and rows that the head multiplied, in all passes."""
-    from fastppo.models.policy import Policy
+    from fastppo.models.packed import PackedModel
     from fastppo.ops import _head
 
     seen = {"trunk": 0, "head": 0}
-    trunk, logits = Policy.trunk, _head.Head.logits
+    trunk, logits = PackedModel.hidden, _head.Head.logits
 
-    def counted_trunk(self: Policy, batch: PackedBatch) -> Tensor:
+    def counted_trunk(self: PackedModel, batch: PackedBatch) -> Tensor:
         seen["trunk"] += batch.num_responses
         return trunk(self, batch)
 
@@ -62,7 +62,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         seen["head"] += hidden.shape[0]
         return logits(self, hidden, *args, **kwargs)
 
-    monkeypatch.setattr(Policy, "trunk", counted_trunk)
+    monkeypatch.setattr(PackedModel, "hidden", counted_trunk)
     monkeypatch.setattr(_head.Head, "logits", counted_logits)
     return seen
 
@@ -101,17 +101,17 @@ def test_with_a_critic_only_the_head_has_fewer_rows(products: dict[str, int]) ->
 def test_nothing_to_learn_is_a_step_all_the_same() -> None:
     """Adam's momentum and weight decay act; means over no tokens are not measured."""
     step, batch = make(learning_rate=1e-2, weight_decay=0.5)
-    before = step.policy.head.weight.detach().clone()
+    before = step.policy.actor.head.weight.detach().clone()
     even = step.advantages(batch, np.ones(6, dtype=np.float32), np.repeat(np.arange(3), 2))
     metrics = step.update(even)
     assert metrics["num_tokens"] == 0 and metrics["nonfinite_steps"] == 0
     assert np.isnan(metrics["entropy"]) and metrics["policy_loss"] == 0
-    assert not torch.equal(step.policy.head.weight, before)
+    assert not torch.equal(step.policy.actor.head.weight, before)
 
 
 def test_counts_follow_a_selection() -> None:
     _, batch = make()
-    assert batch.driving_lengths.tolist() == [4, 1, 0, 0, 8, 2]
-    assert vars(batch.select([4, 2, 0]))["driving_lengths"].tolist() == [8, 0, 4]
+    assert batch.active_lengths.tolist() == [4, 1, 0, 0, 8, 2]
+    assert vars(batch.select([4, 2, 0]))["active_lengths"].tolist() == [8, 0, 4]
     batch = batch.replace(loss_mask=torch.arange(batch.num_responses) != 0)
-    assert batch.driving_lengths.tolist() == [3, 1, 0, 0, 8, 2]
+    assert batch.active_lengths.tolist() == [3, 1, 0, 0, 8, 2]

@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastppo import PPOConfig
 from fastppo.cli.demo import larger_digit
-from fastppo.data.sequences import PackedBatch
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep
 from fastppo.profiling.meta import Ceilings, Meta, Step
 from fastppo.profiling.phases import STEP
@@ -95,7 +95,7 @@ def main() -> None:
     model = tiny_model(len(WORDS), seed=0)
     del model.model.layers[1:]
     step = PPOStep(model, config)
-    engine = PackedEngine(step.policy)
+    engine = PackedEngine(step.policy.actor)
     with tempfile.TemporaryDirectory() as folder:
         records = [record(step, engine, Path(folder)) for _ in range(40)]
     wall_us, trace = min(records, key=lambda record: record[0])  # disturbed least by other work

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from fastppo import PPOConfig, PPOTrainer
 from fastppo.checkpoint import Checkpoint, verify
-from fastppo.data.sequences import PackedBatch
+from fastppo.models.packed import PackedModel
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 from fastppo.ppo import recovery, state, trainer
+from fastppo.ppo.experience import PackedBatch
+from fastppo.ppo.policy import Policy
 from fastppo.ppo.step import NonFiniteError
 from fastppo.ppo.update_metrics import StepStats
 from fastppo.rewards import RewardError
@@ -81,7 +83,7 @@ class History:
             processing_class=word_tokenizer(),
             resume_from_checkpoint=run_dir.exists(),
         )
-        self._wrap(self.trainer.step.policy, "trunk", self.trunk)
+        self._wrap(self.trainer.step.policy.actor, "hidden", self.hidden)
         self._wrap(self.trainer.step, "gradients", self.gradients)
         self._wrap(self.trainer.engine, "_pass", self.generate)
 
@@ -102,7 +104,7 @@ class History:
         pairs = zip(completions, answer, strict=True)
         return [float(text.split() == [a]) + 0.1 * len(text) for text, a in pairs]
 
-    def trunk(self, original: Callable[..., Any], batch: PackedBatch) -> Any:
+    def hidden(self, original: Callable[..., Any], batch: PackedBatch) -> Any:
         """In the second iteration the memory holds 16 tokens."""
         if self.iteration == 2 and batch.num_tokens > 16:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -559,7 +561,7 @@ SAVED = {
     *("PPOTrainer.run", "PPOTrainer.current", "PPOStep.iteration", "PPOStep.kl_coef"),
     *("PPOStep.nonfinite_in_a_row", "PPOStep.progress"),
     *("PPOStep.actor_optimizer", "PPOStep.critic_optimizer", "PPOStep.token_budget"),
-    *("PPOStep.policy", "PPOTrainer.policy", "PackedEngine.policy"),  # one object
+    *("PPOStep.policy", "PPOTrainer.policy", "PackedEngine.model"),  # of one policy
     *("PackedEngine.max_rows", "FailureWindow._past", "Alarms.raised"),
 }
 # made anew by every process, or by every update from what is saved
@@ -576,6 +578,10 @@ def fingerprint(value: Any) -> Any:
     """Something that is equal as long as an attribute has not changed."""
     if isinstance(value, Tensor):
         return value.detach().cpu().numpy().tobytes()
+    if isinstance(value, Policy):
+        return {name: fingerprint(p) for name, p in value.named_parameters()}
+    if isinstance(value, PackedModel):
+        return fingerprint(value.model)
     if isinstance(value, torch.nn.Module):
         return {name: fingerprint(x) for name, x in value.state_dict().items()}
     if isinstance(value, torch.optim.Optimizer):

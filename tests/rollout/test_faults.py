@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastppo.data.sequences import PackedBatch
 from fastppo.models import kv_cache
 from fastppo.models.kv_cache import KVCache
-from fastppo.models.policy import Policy
+from fastppo.models.packed import PackedModel
+from fastppo.ppo.experience import PackedBatch
 from fastppo.rollout.engine import Rollouts, Sampling
 from fastppo.rollout.packed import PackedEngine
 from fastppo.training import interrupts
@@ -29,7 +29,7 @@ VOCAB, STEPS = 53, 8
 NAN, INF = float("nan"), float("inf")
 
 
-def make_policy(**options: Any) -> Policy:
+def make_policy(**options: Any) -> PackedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -41,7 +41,7 @@ def make_policy(**options: Any) -> Policy:
         initializer_range=0.2,  # far from uniform
     )
     model: Any = AutoModelForCausalLM.from_config(config)
-    return Policy(model, **({"critic": "none", "reference": "none"} | options))
+    return PackedModel(model, **options)
 
 
 def make_prompts() -> list[np.ndarray]:
@@ -66,7 +66,7 @@ def assert_same(a: Rollouts, b: Rollouts, rows: list[int] | None = None) -> None
 
 @contextlib.contextmanager
 def hooked(
-    policy: Policy,
+    policy: PackedModel,
     act: Callable[[int, int, Tensor], Tensor | None],
     module: nn.Module | None = None,
 ) -> Iterator[None]:
@@ -177,14 +177,14 @@ LITTLE_MEMORY = """
 import resource
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from fastppo.models.policy import Policy
+from fastppo.models.packed import PackedModel
 from fastppo.rollout.engine import Sampling
 from fastppo.rollout.packed import PackedEngine
 
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=200_000, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
                      intermediate_size=16, max_position_embeddings=32, initializer_range=0.3)
-policy = Policy(AutoModelForCausalLM.from_config(config), critic="none", reference="none")
+policy = PackedModel(AutoModelForCausalLM.from_config(config))
 prompts = [np.array([3 + row, 4]) for row in range(64)]
 sampling = Sampling(max_new_tokens=2, eos_token_ids=(), seed=1)
 whole = PackedEngine(policy).generate(prompts, sampling)
@@ -316,19 +316,19 @@ def test_an_exception_in_the_middle_leaves_the_policy_as_it_was(
         engine.generate(make_prompts(), sampling())
     assert caught.value is error
     assert policy.model.generation_config is own
-    for module, other in zip(policy.modules(), fresh.modules(), strict=True):
+    for module, other in zip(policy.model.modules(), fresh.model.modules(), strict=True):
         assert module.training == other.training
     for (name, weight), (_, same) in zip(
-        policy.named_parameters(), fresh.named_parameters(), strict=True
+        policy.model.named_parameters(), fresh.model.named_parameters(), strict=True
     ):
         assert torch.equal(weight, same), name
         assert weight.requires_grad == same.requires_grad, name
-    assert torch.equal(policy.trunk(batch), fresh.trunk(batch))
+    assert torch.equal(policy.hidden(batch), fresh.hidden(batch))
     assert_same(
         engine.generate(make_prompts(), sampling()),
         PackedEngine(fresh).generate(make_prompts(), sampling()),
     )
-    policy.trunk(batch).sum().backward()
+    policy.hidden(batch).sum().backward()
     assert all(p.grad is not None for p in policy.model.model.layers[1].parameters())
 
 

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from fastppo import ops
-from fastppo.data.sequences import PackedBatch
-from fastppo.models.policy import Policy
+from fastppo.models.packed import PackedModel
+from fastppo.ppo.experience import PackedBatch
 from fastppo.rollout.engine import Engine, Rollouts, Sampling
 from fastppo.rollout.packed import PackedEngine
 from fastppo.rollout.sampler import Sampler, uniforms
@@ -58,10 +58,10 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def make_policy(family: str = "llama", **options: Any) -> Policy:
+def make_policy(family: str = "llama", **options: Any) -> PackedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
-    return Policy(model, critic="none", **({"reference": "none"} | options))
+    return PackedModel(model, **options)
 
 
 def make_prompts() -> list[np.ndarray]:
@@ -83,24 +83,24 @@ def sampling(**options: Any) -> Sampling:
     return Sampling(**(defaults | options))
 
 
-def generate(policy: Policy, prompts: Sequence[np.ndarray], **options: Any) -> Rollouts:
+def generate(policy: PackedModel, prompts: Sequence[np.ndarray], **options: Any) -> Rollouts:
     engine: Engine = PackedEngine(policy)
     return engine.generate(prompts, sampling(**options))
 
 
 def trained_logprobs(
-    policy: Policy, prompts: Sequence[np.ndarray], rollouts: Rollouts, temperature: float
+    policy: PackedModel, prompts: Sequence[np.ndarray], rollouts: Rollouts, temperature: float
 ) -> Tensor:
     """(N,) log-probabilities from the packed forward that training uses."""
     batch = PackedBatch.pack(prompts, rollouts.responses)
     with torch.no_grad(), policy.autocast():
-        hidden, head = policy.trunk(batch)[batch.rows], policy.head
+        hidden, head = policy.hidden(batch)[batch.rows], policy.head
         return ops.linear_logprobs(
             hidden, head.weight, batch.targets, temperature=temperature
         ).logprobs
 
 
-def next_logits(policy: Policy, ids: np.ndarray) -> Tensor:
+def next_logits(policy: PackedModel, ids: np.ndarray) -> Tensor:
     """(V,) logits after `ids`, from an ordinary forward."""
     with policy.unpacked() as model, torch.no_grad():
         logits: Tensor = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, -1]
@@ -356,7 +356,7 @@ def test_training_works_after_generation() -> None:
     policy, prompts = make_policy(precision="bf16"), make_prompts()
     rollouts = generate(policy, prompts)
     batch = PackedBatch.pack(prompts, rollouts.responses)
-    policy.trunk(batch).sum().backward()
+    policy.hidden(batch).sum().backward()
     assert all(p.grad is not None for p in policy.actor_parameters())
 
 
@@ -414,7 +414,7 @@ def test_lora_policy_samples_from_the_adapter() -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).eval()
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
-    policy = Policy(get_peft_model(base, config), critic="none", reference="adapter")
+    policy = PackedModel(get_peft_model(base, config))
     prompts = make_prompts()
     rollouts = generate(policy, prompts)
     trained = trained_logprobs(policy, prompts, rollouts, 0.8)

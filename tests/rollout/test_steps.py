@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 
 from fastppo.models import kv_cache
 from fastppo.models.kv_cache import KVCache
-from fastppo.models.policy import Policy
+from fastppo.models.packed import PackedModel
 from fastppo.rollout.engine import Rollouts, Sampling
 from fastppo.rollout.packed import PackedEngine
 from fastppo.rollout.sampler import Sampler, uniforms
@@ -42,10 +42,10 @@ CONFIGS: dict[str, Any] = {
 LENGTHS = (7, 2, 1, 12, 5, 9)
 
 
-def make_policy(family: str = "llama", **options: Any) -> Policy:
+def make_policy(family: str = "llama", **options: Any) -> PackedModel:
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]))
-    return Policy(model, critic="none", reference="none", **options)
+    return PackedModel(model, **options)
 
 
 def make_prompts(lengths: tuple[int, ...] = LENGTHS) -> list[np.ndarray]:
@@ -59,7 +59,7 @@ def sampling(**options: Any) -> Sampling:
 
 
 @contextlib.contextmanager
-def watched(policy: Policy) -> Iterator[list[Tensor]]:
+def watched(policy: PackedModel) -> Iterator[list[Tensor]]:
     """The token ids (1, T) of each forward of the trunk inside."""
     ids: list[Tensor] = []
     embeddings = policy.model.get_input_embeddings()
@@ -71,7 +71,11 @@ def watched(policy: Policy) -> Iterator[list[Tensor]]:
 
 
 def assert_plain(
-    policy: Policy, prompts: list[np.ndarray], rollouts: Rollouts, chosen: Sampling, atol: float
+    policy: PackedModel,
+    prompts: list[np.ndarray],
+    rollouts: Rollouts,
+    chosen: Sampling,
+    atol: float,
 ) -> None:
     """Tokens and log-probabilities are those of the ordinary model, run over whole sequences."""
     rows = uniforms(len(prompts), chosen).to(policy.device)

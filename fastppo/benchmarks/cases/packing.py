@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Outputs, Provider, Size
-from fastppo.data.sequences import PackedBatch
+from fastppo.ppo.experience import PackedBatch
 
 Array = NDArray[Any]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Outputs, Provider, Size
-from fastppo.data.sequences import PackedBatch
 from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep
 
 CLIP, VF_COEF = 0.2, 0.5
@@ -83,7 +83,9 @@ def fastppo(x: Inputs, size: Size) -> Call:
         vf_coef=VF_COEF,
     )
     step = PPOStep(make_model(size, device), config)
-    step.policy.value_head.weight.data.copy_(x["value_weight"])
+    value_head = step.policy.value_head
+    assert value_head is not None
+    value_head.weight.data.copy_(x["value_weight"])
     ids = x["ids"].cpu().to(torch.int32)
     batch = PackedBatch.pack(list(ids[:, :-n]), list(ids[:, -n:]), device=device)
     fields = {name: x[name].reshape(-1) for name in ("advantages", "returns", "values")}
@@ -93,16 +95,16 @@ def fastppo(x: Inputs, size: Size) -> Call:
         loss_mask=torch.ones(batch.num_responses, dtype=torch.bool, device=device),
     )
     _ = batch.valid_lengths
-    parameters = dict(step.policy.model.named_parameters())
+    parameters = dict(step.policy.actor.model.named_parameters())
 
     def call() -> Outputs:
         step.drop_gradients()
         metrics, value_loss = step.accumulate_gradients(batch)
         found = {name: parameters[name].grad for name in WATCHED}
+        found["value_head.weight"] = value_head.weight.grad
         return {
             "policy loss": metrics[ops.PPO_METRIC_NAMES.index("policy_loss")],
             "value loss": value_loss,
-            "value_head.weight": step.policy.value_head.weight.grad,
             **{name: grad for name, grad in found.items() if grad is not None},
         }
 

@@ -22,9 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from fastppo import ops
-from fastppo.data.sequences import PackedBatch
-from fastppo.models.policy import Policy
+from fastppo.ppo.experience import PackedBatch
+from fastppo.ppo.policy import Policy
 
 # peft asks transformers by a name that transformers 5.23 deprecates
 pytestmark = pytest.mark.filterwarnings(
@@ -85,11 +84,7 @@ def make_batch(seed: int = 0) -> PackedBatch:
 
 
 def logprobs(policy: Policy, batch: PackedBatch) -> Tensor:
-    with policy.autocast():
-        hidden, head = policy.trunk(batch)[batch.rows], policy.head
-        return ops.linear_logprobs(
-            hidden, head.weight, batch.targets, bias=head.bias, temperature=TEMPERATURE
-        ).logprobs
+    return policy.actor.logprobs(batch, TEMPERATURE)
 
 
 def train_once(policy: Policy, batch: PackedBatch, lr: float = 0.1) -> None:
@@ -97,8 +92,8 @@ def train_once(policy: Policy, batch: PackedBatch, lr: float = 0.1) -> None:
     parameters = policy.actor_parameters() + policy.critic_parameters()
     optimizer = torch.optim.SGD(parameters, lr=lr)
     loss = -logprobs(policy, batch).mean()
-    if policy.has_critic:
-        values = policy.values(policy.critic_trunk(batch, policy.trunk(batch))[batch.rows])
+    if policy.value_head is not None:
+        values = policy.values(policy.critic_hidden(batch, policy.actor.hidden(batch))[batch.rows])
         loss = loss + (values - 1.0).square().mean()
     loss.backward()
     optimizer.step()
@@ -132,7 +127,7 @@ def test_head_sees_response_rows_only_and_agrees_with_the_model(kind: str) -> No
     expected = unpacked_logits(model, batch)
     policy = Policy(model)
     with torch.no_grad():
-        logits = policy.trunk(batch)[batch.rows] @ policy.head.weight.T
+        logits = policy.actor.hidden(batch)[batch.rows] @ policy.actor.head.weight.T
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
@@ -145,20 +140,24 @@ def test_recomputation_is_exact(kind: str) -> None:
 
 def test_dropout_is_off_in_every_mode(kind: str) -> None:
     policy, batch = Policy(make_model(kind), critic="separate"), make_batch()
-    policy.train()
-    trained = policy.trunk(batch), policy.critic_trunk(batch, policy.trunk(batch))
-    policy.eval()
-    evaluated = policy.trunk(batch), policy.critic_trunk(batch, policy.trunk(batch))
+    for module in policy.modules().values():
+        module.train()
+    trained = policy.actor.hidden(batch), policy.critic_hidden(batch, policy.actor.hidden(batch))
+    for module in policy.modules().values():
+        module.eval()
+    evaluated = policy.actor.hidden(batch), policy.critic_hidden(batch, policy.actor.hidden(batch))
     assert all(torch.equal(a, b) for a, b in zip(trained, evaluated, strict=True))
 
 
 def test_lora_dropout_is_off() -> None:
     policy, batch = Policy(make_lora(init_lora_weights=False), reference="adapter"), make_batch()
-    policy.train()
-    first = policy.trunk(batch)
-    assert torch.equal(first, policy.trunk(batch))
-    policy.eval()
-    assert torch.equal(first, policy.trunk(batch))
+    for module in policy.modules().values():
+        module.train()
+    first = policy.actor.hidden(batch)
+    assert torch.equal(first, policy.actor.hidden(batch))
+    for module in policy.modules().values():
+        module.eval()
+    assert torch.equal(first, policy.actor.hidden(batch))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
@@ -174,10 +173,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
 
 def test_gradient_flows_after_a_pass_without_gradients_in_one_autocast() -> None:
     policy, batch = Policy(make_model(), precision="bf16"), make_batch()
-    with policy.autocast():
+    with policy.actor.autocast():
         with torch.no_grad():
-            policy.trunk(batch)
-        policy.trunk(batch).sum().backward()
+            policy.actor.hidden(batch)
+        policy.actor.hidden(batch).sum().backward()
     assert all(p.grad is not None for p in policy.actor_parameters())
 
 
@@ -188,8 +187,8 @@ def test_gradient_flows_after_a_pass_without_gradients_in_one_autocast() -> None
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_values_start_at_zero_in_fp32(critic: Any, precision: Any) -> None:
     policy, batch = Policy(make_model(), critic=critic, precision=precision), make_batch()
-    with policy.autocast():
-        hidden = policy.critic_trunk(batch, policy.trunk(batch))[batch.rows]
+    with policy.actor.autocast():
+        hidden = policy.critic_hidden(batch, policy.actor.hidden(batch))[batch.rows]
         values = policy.values(hidden)
         assert torch.equal(values, torch.zeros(batch.num_responses))
         train_once(policy, batch)
@@ -202,7 +201,7 @@ def test_values_start_at_zero_in_fp32(critic: Any, precision: Any) -> None:
 
 def test_no_critic_has_no_values() -> None:
     policy = Policy(make_model(), critic="none")
-    assert not policy.has_critic and policy.critic_parameters() == []
+    assert policy.value_head is None and policy.critic_parameters() == []
     with pytest.raises(ValueError, match="critic: expected 'shared' or 'separate'"):
         policy.values(torch.zeros(1, 64))
 
@@ -220,11 +219,11 @@ def test_actor_and_critic_parameters_are_disjoint_and_all_learn() -> None:
 
 def test_separate_critic_starts_as_the_actor_and_moves_alone() -> None:
     policy, batch = Policy(make_model(), critic="separate"), make_batch()
-    hidden = policy.trunk(batch)
-    assert torch.equal(policy.critic_trunk(batch, hidden), hidden)
+    hidden = policy.actor.hidden(batch)
+    assert torch.equal(policy.critic_hidden(batch, hidden), hidden)
     train_once(policy, batch)
     train_once(policy, batch)
-    assert not torch.equal(policy.critic_trunk(batch, hidden), policy.trunk(batch))
+    assert not torch.equal(policy.critic_hidden(batch, hidden), policy.actor.hidden(batch))
 
 
 def test_reward_model_starts_the_critic() -> None:
@@ -238,7 +237,7 @@ def test_reward_model_starts_the_critic() -> None:
             one = batch.select([i]).input_ids.long()[None]
             expected.append(reward_model.score(reward_model.model(one).last_hidden_state[0]))
     policy = Policy(make_model(), critic="separate", value_model=reward_model)
-    values = policy.values(policy.critic_trunk(batch, policy.trunk(batch)))
+    values = policy.values(policy.critic_hidden(batch, policy.actor.hidden(batch)))
     torch.testing.assert_close(values, torch.cat(expected)[:, 0], atol=1e-5, rtol=0)
 
 
@@ -256,19 +255,19 @@ def test_copied_reference_stays_where_the_policy_started(
     )
     with torch.no_grad():
         start = logprobs(policy, batch)
-    ref = policy.ref_logprobs(batch, TEMPERATURE)
+    ref = policy.reference.logprobs(batch, TEMPERATURE)
     assert ref is not None and ref.dtype == torch.float32 and not ref.requires_grad
     torch.testing.assert_close(ref, start, atol=1e-5 if precision == "fp32" else 0.02, rtol=0)
     train_once(policy, batch)
-    assert torch.equal(policy.ref_logprobs(batch, TEMPERATURE), ref)
+    assert torch.equal(policy.reference.logprobs(batch, TEMPERATURE), ref)
     assert not torch.equal(logprobs(policy, batch), start)
 
 
 def test_reference_shares_what_is_frozen() -> None:
     policy = Policy(make_model(), train_layers=1, precision="bf16")
-    layer = sum(p.numel() for p in policy.model.model.layers[-1].parameters())
-    norm = policy.model.model.norm.weight.numel()
-    total = sum(p.numel() for p in policy.model.parameters())
+    layer = sum(p.numel() for p in policy.actor.model.model.layers[-1].parameters())
+    norm = policy.actor.model.model.norm.weight.numel()
+    total = sum(p.numel() for p in policy.actor.model.parameters())
     head = 64 + 1
     assert policy.num_parameters() == {
         "trainable": layer + norm + head,
@@ -281,7 +280,7 @@ def test_temperature_divides_the_reference_too() -> None:
     policy, batch = Policy(make_model()), make_batch()
     logits = unpacked_logits(make_model(), batch)
     expected = (logits / 0.5).log_softmax(-1).gather(1, batch.targets.long()[:, None])[:, 0]
-    torch.testing.assert_close(policy.ref_logprobs(batch, 0.5), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(policy.reference.logprobs(batch, 0.5), expected, atol=1e-4, rtol=0)
 
 
 def test_given_reference_is_used_and_frozen() -> None:
@@ -289,30 +288,30 @@ def test_given_reference_is_used_and_frozen() -> None:
     logits = unpacked_logits(ref_model, batch)
     policy = Policy(make_model(), reference="model", ref_model=ref_model)
     expected = logits.log_softmax(-1).gather(1, batch.targets.long()[:, None])[:, 0]
-    torch.testing.assert_close(policy.ref_logprobs(batch, 1.0), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(policy.reference.logprobs(batch, 1.0), expected, atol=1e-4, rtol=0)
     assert not any(p.requires_grad for p in ref_model.parameters())
 
 
 def test_no_reference_gives_none() -> None:
-    assert Policy(make_model(), reference="none").ref_logprobs(make_batch(), 1.0) is None
+    assert Policy(make_model(), reference="none").reference is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_adapter_reference_is_the_base(precision: Any) -> None:
     policy = Policy(make_lora(), reference="adapter", precision=precision)
     batch = make_batch()
-    base = {n: p for n, p in snapshot(policy.model).items() if "lora_" not in n}
+    base = {n: p for n, p in snapshot(policy.actor.model).items() if "lora_" not in n}
     with torch.no_grad():
         start = logprobs(policy, batch)
-    ref = policy.ref_logprobs(batch, TEMPERATURE)
+    ref = policy.reference.logprobs(batch, TEMPERATURE)
     assert ref is not None and torch.equal(ref, start)  # a fresh adapter adds exactly nothing
     train_once(policy, batch, lr=1.0)
     train_once(policy, batch, lr=1.0)
-    after = snapshot(policy.model)
+    after = snapshot(policy.actor.model)
     assert all(torch.equal(after[name], base[name]) for name in base)
-    assert torch.equal(policy.ref_logprobs(batch, TEMPERATURE), ref)
+    assert torch.equal(policy.reference.logprobs(batch, TEMPERATURE), ref)
     assert (logprobs(policy, batch) - ref).abs().max() > 1e-3
-    assert all(p.requires_grad for n, p in policy.model.named_parameters() if "lora_" in n)
+    assert all(p.requires_grad for n, p in policy.actor.model.named_parameters() if "lora_" in n)
 
 
 # what trains, and in which dtype
@@ -320,9 +319,9 @@ def test_adapter_reference_is_the_base(precision: Any) -> None:
 
 def test_last_layers_train_and_nothing_else(kind: str) -> None:
     policy, batch = Policy(make_model(kind), train_layers=1, reference="none"), make_batch()
-    before = snapshot(policy.model)
+    before = snapshot(policy.actor.model)
     train_once(policy, batch)
-    changed = {n for n, p in policy.model.named_parameters() if not torch.equal(p, before[n])}
+    changed = {n for n, p in policy.actor.model.named_parameters() if not torch.equal(p, before[n])}
     layers, norm = (
         ("transformer.h.2.", "transformer.ln_f.")
         if "gpt2" in kind
@@ -336,7 +335,7 @@ def test_last_layers_train_and_nothing_else(kind: str) -> None:
 
 def test_bf16_keeps_fp32_masters_and_rounds_only_frozen_products(kind: str) -> None:
     policy = Policy(make_model(kind), train_layers=1, precision="bf16")
-    for name, p in policy.model.named_parameters():
+    for name, p in policy.actor.model.named_parameters():
         frozen_product = not p.requires_grad and any(
             part in name
             for part in ("proj", "c_attn", "c_fc", "lm_head")
@@ -350,19 +349,19 @@ def test_storing_frozen_weights_rounded_changes_no_result(kind: str) -> None:
     rounded = Policy(make_model(kind), train_layers=1, precision="bf16")
     stored = Policy(make_model(kind), precision="bf16")  # everything in fp32
     with torch.no_grad():
-        assert torch.equal(rounded.trunk(batch), stored.trunk(batch))
+        assert torch.equal(rounded.actor.hidden(batch), stored.actor.hidden(batch))
         assert torch.equal(logprobs(rounded, batch), logprobs(stored, batch))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_small_update_survives_on_weights_loaded_in_bf16(precision: Any) -> None:
     policy = Policy(make_model().to(torch.bfloat16), precision=precision, reference="none")
-    before = snapshot(policy.model)
+    before = snapshot(policy.actor.model)
     optimizer = torch.optim.Adam(policy.actor_parameters(), lr=1e-6)
     logprobs(policy, make_batch()).sum().backward()
     optimizer.step()
     name = "model.layers.0.mlp.up_proj.weight"
-    changed = policy.model.get_parameter(name) != before[name]
+    changed = policy.actor.model.get_parameter(name) != before[name]
     assert changed.float().mean() > 0.95  # in bf16 it is 0.002
 
 
@@ -371,7 +370,7 @@ def test_restored_model_is_ordinary(kind: str) -> None:
     own = model.config._attn_implementation
     policy = Policy(model, train_layers=1, precision="bf16")
     assert model.config._attn_implementation == "fastppo"
-    policy.restore_attention()
+    policy.restore()
     assert model.config._attn_implementation == own
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert unpacked_logits(model, batch).isfinite().all()
@@ -387,11 +386,11 @@ def test_other_models_of_the_same_configuration_are_left_alone() -> None:
 def test_unpacked_gives_the_model_back_and_takes_it_again() -> None:
     policy, batch = Policy(make_model(), train_layers=1, precision="bf16"), make_batch()
     expected = logprobs(policy, batch)
-    weight = policy.model.lm_head.weight
-    with policy.unpacked() as model, policy.autocast(), torch.no_grad():
+    weight = policy.actor.model.lm_head.weight
+    with policy.unpacked() as model, policy.actor.autocast(), torch.no_grad():
         assert not model.training and model.lm_head.weight is weight
         logits = unpacked_logits(model, batch).float() / TEMPERATURE
-    assert policy.model.training
+    assert policy.actor.model.training
     assert torch.equal(logprobs(policy, batch), expected)
     own = logits.log_softmax(-1).gather(1, batch.targets.long()[:, None])[:, 0]
     torch.testing.assert_close(own, expected, atol=0.02, rtol=0)
@@ -454,7 +453,7 @@ def test_saved_model_is_the_trained_one(
     assert model.config._attn_implementation == "fastppo"  # saving did not disturb the policy
     text = (tmp_path / "config.json").read_text()
     assert "fastppo" not in text and json.loads(text)["dtype"] == "float32"
-    policy.restore_attention()
+    policy.restore()
     assert torch.equal(unpacked_logits(loaded, batch), unpacked_logits(model, batch))
     for name, p in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), p), name
@@ -464,14 +463,14 @@ def test_saved_lora_is_merged_and_kept_apart(tmp_path: Path) -> None:
     policy, batch = Policy(make_lora(), reference="adapter", precision="bf16"), make_batch()
     train_once(policy, batch, lr=1.0)
     train_once(policy, batch, lr=1.0)
-    before = snapshot(policy.model)
+    before = snapshot(policy.actor.model)
     policy.save(tmp_path)
-    assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters())
-    policy.restore_attention()
-    expected = unpacked_logits(policy.model.eval(), batch)
+    assert all(torch.equal(p, before[n]) for n, p in policy.actor.model.named_parameters())
+    policy.restore()
+    expected = unpacked_logits(policy.actor.model.eval(), batch)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(unpacked_logits(merged, batch), expected, atol=1e-4, rtol=0)
-    base = policy.model.unload()
+    base = policy.actor.model.unload()
     again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(unpacked_logits(again, batch), expected, atol=1e-5, rtol=0)
 
@@ -485,7 +484,7 @@ def test_saved_critic_gives_the_same_values(critic: Any, tmp_path: Path) -> None
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     again = Policy(model, critic=critic)
     again.load_critic(tmp_path)
-    values = [p.values(p.critic_trunk(batch, p.trunk(batch))) for p in (policy, again)]
+    values = [p.values(p.critic_hidden(batch, p.actor.hidden(batch))) for p in (policy, again)]
     assert torch.equal(*values) and values[0].abs().max() > 0
     if critic == "separate":
         trunk = AutoModel.from_pretrained(tmp_path / "critic").eval()
@@ -506,12 +505,12 @@ def test_separate_critic_of_a_lora_policy(tmp_path: Path) -> None:
     assert "lora" not in " ".join(trunk.state_dict())
     one = batch.select([2])
     hidden = trunk(one.input_ids.long()[None]).last_hidden_state[0]
-    own = policy.critic_trunk(one, policy.trunk(one))
+    own = policy.critic_hidden(one, policy.actor.hidden(one))
     torch.testing.assert_close(own, hidden, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="cannot be loaded into a PEFT critic"):
         policy.load_critic(tmp_path)
 
 
 def test_loading_a_critic_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"folder: expected a saved critic .* got no file"):
+    with pytest.raises(ValueError, match=r"folder: expected a saved critic, got no file"):
         Policy(make_model()).load_critic(tmp_path)

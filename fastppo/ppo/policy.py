@@ -1,0 +1,246 @@
+"""The models of PPO in their roles: actor, reference, critic, value head.
+
+    hidden = policy.actor.hidden(batch)                       # (T, H)
+    values = policy.values(policy.critic_hidden(batch, hidden)[batch.rows])
+    ref = policy.reference.logprobs(batch, temperature)       # None without a reference
+
+Shapes: T packed tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastppo.data.sequences import PackedSequences
+from fastppo.models import setup
+from fastppo.models.attention import check_supported
+from fastppo.models.packed import PackedModel
+from fastppo.models.saving import load_critic, save_critic
+from fastppo.models.value_head import ValueHead
+
+
+class Policy:
+    """Actor, critic and reference of PPO; the models given are changed in place (PackedModel).
+
+    Args:
+        model: a transformers causal language model or a `peft.PeftModel` around one. It is trained
+            as it comes: parameters frozen by the caller stay frozen.
+        critic: "shared" puts the value head on the actor's trunk, "separate" on a trunk of its
+            own, "none" has no values.
+        value_model: the separate critic's model: a base model, a causal language model, or a
+            sequence classification model with one label, whose score starts the value head. By
+            default a copy of the actor's trunk as it is now.
+        reference: "copy" is the actor as it is now (frozen parameters are shared, not copied),
+            "adapter" a PEFT model with the adapter off, "model" is `ref_model`, "none" has none.
+        ref_model: the reference policy for reference = "model".
+        train_layers, precision, gradient_checkpointing: see `PackedModel`.
+
+    Raises:
+        ValueError: a model that packed attention does not support, by name, or arguments that
+            contradict each other.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        critic: Literal["shared", "separate", "none"] = "shared",
+        value_model: Any = None,
+        reference: Literal["copy", "adapter", "model", "none"] = "copy",
+        ref_model: Any = None,
+        train_layers: int | None = None,
+        precision: setup.Precision = "fp32",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        _check_roles(critic, value_model, reference, ref_model, precision, model)
+        head = setup.output_head(setup.unwrap(model, "model"), "model")
+        for name, other in (("ref_model", ref_model), ("value_model", value_model)):
+            if other is not None:
+                _check_companion(name, other, model, head.out_features)
+        options: dict[str, Any] = {
+            "precision": precision,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
+        self.actor = PackedModel(model, train_layers=train_layers, **options)
+        if not self.actor.trained():
+            raise ValueError("model: expected parameters to train, got a model that is all frozen")
+        self.reference: PackedModel | None = None
+        if reference == "copy":
+            self.reference = self.actor.frozen_copy("reference")
+        elif reference == "adapter":
+            self.reference = self.actor.without_adapter()
+        elif reference == "model":
+            self.reference = PackedModel(
+                ref_model.requires_grad_(False), name="ref_model", precision=precision
+            )
+        self.critic: PackedModel | None = None
+        """Of a trunk of its own."""
+        self.value_head: ValueHead | None = None
+        if critic == "separate":
+            layers = None if value_model is None else train_layers  # a copy's are chosen already
+            trunk = self.actor.copied(trunk_only=True) if value_model is None else value_model
+            setup.freeze_outside_trunk(trunk)
+            self.critic = PackedModel(trunk, name="value_model", train_layers=layers, **options)
+        if critic != "none":
+            self.value_head = ValueHead((self.critic or self.actor).model, self.device)
+
+    # forward
+
+    def critic_hidden(self, batch: PackedSequences, hidden: Tensor) -> Tensor:
+        """The critic's hidden states (T, H): `hidden`, the actor's, where it shares the trunk."""
+        return hidden if self.critic is None else self.critic.hidden(batch)
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Values (n,) fp32 of the critic's hidden states (n, H).
+
+        Raises:
+            ValueError: the policy has no critic.
+        """
+        if self.value_head is None:
+            raise ValueError("critic: expected 'shared' or 'separate' for values, got 'none'")
+        values: Tensor = self.value_head(hidden)
+        return values
+
+    def unpacked(self) -> contextlib.AbstractContextManager[Any]:
+        """The actor as an ordinary transformers model; see `PackedModel.unpacked`."""
+        return self.actor.unpacked()
+
+    # parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the actor's parameters are."""
+        return self.actor.device
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules by role, each once: `model`, `reference`, `critic`, `value_head`."""
+        reference = self.reference
+        if reference is not None and reference.model is self.actor.model:
+            reference = None
+        found = {
+            "model": self.actor.model,
+            "reference": reference and reference.model,
+            "critic": self.critic and self.critic.model,
+            "value_head": self.value_head,
+        }
+        return {role: module for role, module in found.items() if module is not None}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter once, as `role.name`, by the first role that has it."""
+        seen: set[int] = set()
+        for role, module in self.modules().items():
+            for name, p in module.named_parameters():
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    yield f"{role}.{name}", p
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter once."""
+        return [p for _, p in self.named_parameters()]
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """What the actor's optimiser trains; disjoint from the critic's."""
+        return self.actor.trained()
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the critic's optimiser trains: the value head and, if separate, its trunk."""
+        if self.value_head is None:
+            return []
+        trunk = [] if self.critic is None else self.critic.trained()
+        return trunk + list(self.value_head.parameters())
+
+    def num_parameters(self) -> dict[str, int]:
+        """Numbers: `trainable` and `total` of actor and critic, `reference` what it adds."""
+        counts = {"trainable": 0, "total": 0, "reference": 0}
+        own = {
+            id(p)
+            for role, m in self.modules().items()
+            if role != "reference"
+            for p in m.parameters()
+        }
+        for _, p in self.named_parameters():
+            counts["total" if id(p) in own else "reference"] += p.numel()
+            counts["trainable"] += p.numel() if p.requires_grad else 0
+        return counts
+
+    def to(self, device: torch.device) -> Policy:
+        """Move every model; returns the policy itself."""
+        for module in self.modules().values():
+            module.to(device)
+        return self
+
+    # on disk
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that AutoModelForCausalLM.from_pretrained loads; see models/saving.py."""
+        self.actor.save(Path(folder))
+        if self.value_head is not None:
+            save_critic(self.critic and self.critic.model, self.value_head, Path(folder))
+
+    def load_critic(self, folder: str | Path) -> None:
+        """Load the critic that `save` wrote to `folder`.
+
+        Raises:
+            ValueError: no critic here or there, or one inside a PEFT model.
+        """
+        if self.value_head is None:
+            raise ValueError("folder: expected a policy with a critic, got critic = 'none'")
+        load_critic(self.critic and self.critic.model, self.value_head, Path(folder))
+
+    def restore(self) -> None:
+        """Make ordinary models of the models again; see `PackedModel.restore`."""
+        for model in (self.actor, self.reference, self.critic):
+            if model is not None:
+                model.restore()
+
+
+def _check_companion(name: str, companion: Any, model: Any, vocabulary: int) -> None:
+    """Check a reference or value model against the model it accompanies.
+
+    Raises:
+        ValueError: unsupported, sharing weights with `model`, or with a smaller vocabulary.
+    """
+    check_supported(setup.unwrap(companion, name).config)
+    if {id(p) for p in companion.parameters()} & {id(p) for p in model.parameters()}:
+        raise ValueError(f"{name}: expected a model of its own, got one sharing weights with model")
+    size = companion.get_input_embeddings().num_embeddings
+    if size < vocabulary:
+        raise ValueError(
+            f"{name}: expected the vocabulary of model, {vocabulary} tokens, got {size}. Both must "
+            "use the same tokenizer"
+        )
+
+
+def _check_roles(
+    critic: str, value_model: Any, reference: str, ref_model: Any, precision: str, model: Any
+) -> None:
+    """Check the arguments of Policy against each other.
+
+    Raises:
+        ValueError: an unknown choice, or a model that the choice does not use or lacks.
+    """
+    _check_choice("critic", critic, ("shared", "separate", "none"))
+    _check_choice("reference", reference, ("copy", "adapter", "model", "none"))
+    _check_choice("precision", precision, ("fp32", "bf16"))
+    if value_model is not None and critic != "separate":
+        raise ValueError(
+            f"value_model: expected None with critic = {critic!r}, got a model. Use 'separate'"
+        )
+    if (ref_model is not None) != (reference == "model"):
+        raise ValueError(
+            "ref_model: expected a model exactly with reference = 'model', got "
+            f"{'a model' if ref_model is not None else 'none'} with reference = {reference!r}"
+        )
+    if reference == "adapter" and not setup.is_peft(model):
+        raise ValueError("reference: 'adapter' needs a PEFT model, got a plain one. Use 'copy'")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
