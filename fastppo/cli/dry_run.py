@@ -12,6 +12,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM
 
 from fastppo.checkpoint import new_run_dir
+from fastppo.models.config import NamedModelConfig
 from fastppo.models.loading import load_config, load_tokenizer
 from fastppo.models.setup import train_last_layers
 from fastppo.ppo.build import lora_config
@@ -68,7 +69,7 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     console.print("\ndry run: nothing was trained and nothing was written")
 
 
-def count_parameters(config: TrainConfig, model_config: Any) -> tuple[int, int]:
+def count_parameters(config: NamedModelConfig, model_config: Any) -> tuple[int, int]:
     """Number of parameters, and of those that are trained, from meta tensors."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)

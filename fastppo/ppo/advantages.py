@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.config import AdvantageConfig
 from fastppo.ppo.experience import PackedBatch
 
 
@@ -26,7 +26,7 @@ def add_advantages(
     batch: PackedBatch,
     scores: Tensor | np.ndarray | Sequence[float],
     group_ids: Tensor | np.ndarray | Sequence[int] | None,
-    config: PPOConfig,
+    config: AdvantageConfig,
     kl_coef: float,
 ) -> PackedBatch:
     """The batch with `rewards`, `advantages` (N,) fp32, `loss_mask` (N,) bool, and GAE's `returns`.
@@ -90,14 +90,14 @@ def _finite(batch: PackedBatch, sequence: Tensor) -> tuple[PackedBatch, Tensor]:
     return batch.replace(**{n: x.nan_to_num(0.0, 0.0, 0.0) for n, x in given.items()}), finite
 
 
-def _shaped(score: Tensor, truncated: Tensor, config: PPOConfig) -> Tensor:
+def _shaped(score: Tensor, truncated: Tensor, config: AdvantageConfig) -> Tensor:
     """(B,) the EOS trick: replace or lower the score of a response that did not end."""
     if config.missing_eos_score is not None:
         return torch.where(truncated, config.missing_eos_score, score)
     return score - config.missing_eos_penalty * truncated
 
 
-def _gae(batch: PackedBatch, config: PPOConfig) -> PackedBatch:
+def _gae(batch: PackedBatch, config: AdvantageConfig) -> PackedBatch:
     """GAE; the critic's returns come from the advantages before they are whitened."""
     assert batch.rewards is not None and batch.values is not None
     rewards, mask = batch.rewards, batch.loss_mask

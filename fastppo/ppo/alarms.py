@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.config import UpdateConfig
 
 
 class Alarm(NamedTuple):
@@ -24,7 +24,7 @@ class Alarms:
         raised: names of the figures that are beyond their limit; part of a checkpoint.
     """
 
-    def __init__(self, config: PPOConfig) -> None:
+    def __init__(self, config: UpdateConfig) -> None:
         self._config = config
         self.raised: list[str] = []
 

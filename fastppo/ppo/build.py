@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fastppo.models.config import NamedModelConfig
 from fastppo.ppo.config import TrainConfig
 from fastppo.ppo.trainer import PPOTrainer
 from fastppo.rewards import resolve_reward
@@ -40,7 +41,7 @@ def build_trainer(
     )
 
 
-def lora_config(config: TrainConfig) -> LoraConfig:
+def lora_config(config: NamedModelConfig) -> LoraConfig:
     """LoRA (https://arxiv.org/abs/2106.09685) on every linear layer of the trunk, no dropout."""
     from peft import LoraConfig
 

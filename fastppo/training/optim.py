@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastppo.ppo.config import PPOConfig
+from fastppo.training.config import OptimConfig
 
 
-def make_adamw(parameters: Iterable[nn.Parameter], config: PPOConfig) -> torch.optim.AdamW:
+def make_adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW with weight decay on matrices only; norms, biases and value heads have none.
 
     Its state is allocated here, so that a step needs no memory and a checkpoint is always whole.

@@ -22,21 +22,8 @@ from fastppo.checkpoint import (
     new_run_dir,
 )
 from fastppo.checkpoint.lock import LOCK
-from fastppo.ppo.config import PPOConfig
-
-SAFE_TO_CHANGE = frozenset(
-    {
-        *("output_dir", "eval_interval", "sample_interval", "save_interval", "report_to"),
-        *("keep_checkpoints", "keep_best", "max_nonfinite_steps", "on_nonfinite"),
-        *("kl_warning", "entropy_warning", "reward_workers", "reward_timeout"),
-        *("reward_memory_gb", "reward_max_failure_rate", "reward_hosts"),
-        *("token_budget", "gradient_checkpointing", "device", "eval_dataset"),
-        *("model", "ref_model", "value_model", "dataset"),
-    }
-)
-"""Fields that may differ between a run and its continuation: they decide what is watched, kept or
-survived, or how the same gradient is computed, or say where something is whose content is
-compared (state.py)."""
+from fastppo.options import Options, holds
+from fastppo.training.config import RunConfig
 
 
 def find_run(resume: bool | str | Path, output_dir: str) -> tuple[Path | None, Path | None]:
@@ -128,7 +115,7 @@ class OpenedRun:
 
 
 def open_run(
-    args: PPOConfig,
+    args: RunConfig,
     resume: bool | str | Path,
     allowed: Sequence[str],
     held: contextlib.ExitStack,
@@ -163,7 +150,7 @@ def open_run(
     return OpenedRun(run_dir, True, store, checkpoint, notes)
 
 
-def plain_config(args: PPOConfig) -> dict[str, Any]:
+def plain_config(args: Options) -> dict[str, Any]:
     """The configuration as it comes back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     return plain
@@ -174,7 +161,7 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def check_config(saved: Mapping[str, Any], args: PPOConfig, allowed: Iterable[str] = ()) -> None:
+def check_config(saved: Mapping[str, Any], args: Options, allowed: Iterable[str] = ()) -> None:
     """Refuse to continue a run with another configuration.
 
     Args:
@@ -184,12 +171,10 @@ def check_config(saved: Mapping[str, Any], args: PPOConfig, allowed: Iterable[st
             of an uninterrupted run.
 
     Raises:
-        ValueError: every field that differs and is neither in SAFE_TO_CHANGE nor allowed.
+        ValueError: every field that differs, may not differ by itself, and is not allowed to.
     """
     current, names = plain_config(args), _defaults(args)
-    free = {*SAFE_TO_CHANGE, *allowed}
-    if args.lr_schedule == "constant":
-        free.add("num_iterations")  # otherwise it shapes the learning rate from the start
+    free = {*may_differ(args), *allowed}
     before = {name: saved.get(name, default) for name, default in names.items()}
     changed = [
         f"  {name}: {before[name]!r} → {current[name]!r}"
@@ -204,12 +189,21 @@ def check_config(saved: Mapping[str, Any], args: PPOConfig, allowed: Iterable[st
         )
 
 
+def may_differ(args: Options) -> set[str]:
+    """Options that may differ between a run and its continuation: they decide what is watched, kept
+    or survived, or how the same gradient is computed, or say where something is whose content is
+    compared.
+    """
+    found = {field.name: field.metadata.get("may_differ") for field in dataclasses.fields(args)}
+    return {n for n, when in found.items() if when is True or (when and holds(args, when))}
+
+
 def _compared(name: str, value: Any) -> Any:
     """A reward is the same file and function in whatever folder."""
     return [Path(spec).name for spec in value] if name == "reward" else value
 
 
-def check_allowed(args: PPOConfig, allowed: Sequence[str], resume: bool | str | Path) -> None:
+def check_allowed(args: Options, allowed: Sequence[str], resume: bool | str | Path) -> None:
     """Refuse `allowed` where it means nothing.
 
     Raises:
@@ -228,7 +222,7 @@ def check_allowed(args: PPOConfig, allowed: Sequence[str], resume: bool | str | 
         )
 
 
-def _defaults(args: PPOConfig) -> dict[str, Any]:
+def _defaults(args: Options) -> dict[str, Any]:
     """The name of every option and its default, as it comes back from JSON."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     plain: dict[str, Any] = json.loads(json.dumps(defaults, default=str))
