@@ -18,10 +18,18 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(RECENT)' 2>/dev/null && e
 HEADERS := import os, sys, sysconfig; \
 	sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
 
-.PHONY: help setup train demo test test-all test-gpu lint format bench wheel clean
+# Tests that compare bits, or errors with plain torch's: once more with the instructions that every
+# x86-64 has, whose sums round differently. Elsewhere the variables do nothing.
+ISA_TESTS := tests/ops tests/details tests/test_csrc.py tests/test_packing.py tests/test_attention.py \
+	tests/test_policy.py tests/test_sampler.py tests/test_optim.py
+OTHER_ISA := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	ONEDNN_MAX_CPU_ISA=SSE41
+
+.PHONY: help setup train demo test test-all test-isa test-gpu lint format bench wheel clean
 
 help:
-	@echo "make train | demo | test | test-all | test-gpu | lint | format | bench | wheel | setup | clean"
+	@echo "make train | demo | test | test-all | test-isa | test-gpu | lint | format | bench | wheel |" \
+		"setup | clean"
 
 setup: $(STAMP)
 
@@ -54,6 +62,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest -m "not gpu" $(ARGS)
+
+test-isa: setup
+	$(OTHER_ISA) $(BIN)/pytest -m "not slow and not gpu" $(ISA_TESTS) $(ARGS)
 
 test-gpu: setup
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -100,12 +100,9 @@ void gae_lambdas(const GaeInputs<T>& in, T* advantages, T* returns) {
   }
 }
 
-// Writes advantages and returns, (N,) each; both are 0 at masked tokens.
+// `gae` for any processor.
 template <typename T>
-void gae(const GaeInputs<T>& in, MaskMode mode, T* advantages, T* returns) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (gae_avx2(in, mode, advantages, returns)) return;
-  }
+void gae_portable(const GaeInputs<T>& in, MaskMode mode, T* advantages, T* returns) {
   if (in.mask == nullptr) {
     gae_lambdas<MaskMode::none, false>(in, advantages, returns);
   } else if (mode == MaskMode::carry) {
@@ -115,6 +112,15 @@ void gae(const GaeInputs<T>& in, MaskMode mode, T* advantages, T* returns) {
   } else {
     gae_lambdas<MaskMode::none, true>(in, advantages, returns);
   }
+}
+
+// Writes advantages and returns, (N,) each; both are 0 at masked tokens.
+template <typename T>
+void gae(const GaeInputs<T>& in, MaskMode mode, T* advantages, T* returns) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (gae_avx2(in, mode, advantages, returns)) return;
+  }
+  gae_portable(in, mode, advantages, returns);
 }
 
 // V-trace of packed sequences: the same recurrence with a decay and a weight for each token.

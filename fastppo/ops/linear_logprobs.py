@@ -11,6 +11,17 @@ needs a gradient and there are fewer rows than tokens, see `_head_tiles`, else b
 
     ∂L/∂hidden = ∂L/∂logits · weight,   ∂L/∂weight = ∂L/∂logitsᵀ · hidden,   ∂L/∂bias = Σ_rows
     ∂L/∂logits
+
+Rounding. Products of the same shape give the same bits, so where all rows are one part in both
+passes a probability is exactly the one that the forward pass summed. Products of other shapes may
+round differently, on some processors and not on others. Then what holds, in either pass, is the
+bound of a sum of H products and a bias: the logit z_j errs by at most
+
+    r_j = (H + 1)·u·(Σ_i |hidden_i·weight_ji| + |bias_j|),     u = 2⁻²⁴ (float64: 2⁻⁵³)
+
+(and by its own rounding where logits are kept in half precision), so p_j by the factor e^{±r_j/τ},
+and log-probability and entropy as these say; in practice by a tenth of it. Plain torch keeps its
+logits: theirs err as much, but cancel in p where one token has most of the probability.
 """
 
 from __future__ import annotations

@@ -171,6 +171,54 @@ void gae_once(std::mt19937& rng) {
   for (const T x : advantages) check(std::isfinite(x), "whitened");
 }
 
+// The path that this processor takes and the one for any give the same numbers where arithmetic is
+// exact: integers, and decays that are powers of 2, over few enough tokens for a double.
+void gae_paths_once(std::mt19937& rng) {
+  std::vector<std::int64_t> offsets{0};
+  for (std::size_t b = rng() % 5; b > 0; --b) {
+    offsets.push_back(offsets.back() + static_cast<std::int64_t>(rng() % 16));
+  }
+  const auto n = static_cast<std::size_t>(offsets.back());
+  const std::size_t sequences = offsets.size() - 1;
+  const auto draw = [&](std::size_t count) {
+    std::vector<float> x(count);
+    for (float& each : x) each = static_cast<float>(rng() % 17) - 8.0f;
+    return x;
+  };
+  std::vector<float> rewards = draw(n), values = draw(n);
+  const std::vector<float> kl = draw(n), scores = draw(sequences), end = draw(sequences);
+  std::vector<std::uint8_t> mask(n);
+  for (auto& x : mask) x = static_cast<std::uint8_t>(rng() % 3 != 0);
+  std::vector<double> decays[3];
+  for (auto& decay : decays) {
+    for (std::size_t b = 0; b < sequences; ++b) decay.push_back(rng() % 2 ? 0.5 : 1.0);
+  }
+  GaeInputs<float> in;
+  in.offsets = offsets.data();
+  in.num_sequences = static_cast<std::int64_t>(sequences);
+  in.values = values.data();
+  if (rng() % 4) in.rewards = rewards.data();
+  if (rng() % 4) in.mask = mask.data();
+  if (rng() % 2) in.kl = kl.data();
+  in.kl_coef = 0.25;
+  if (rng() % 2) in.bootstrap = end.data();
+  if (rng() % 2) in.scores = scores.data();
+  in.gamma = {decays[0].data(), 1};
+  in.actor_lambda = {decays[1].data(), 1};
+  if (rng() % 2) in.critic_lambda = {decays[2].data(), 1};
+  for (const MaskMode mode : {MaskMode::none, MaskMode::dense_zero, MaskMode::carry}) {
+    if (mode != MaskMode::none && in.mask != nullptr) {  // neither looks at what is masked
+      for (std::size_t i = 0; i < n; ++i) {
+        if (mask[i] == 0) values[i] = rewards[i] = std::numeric_limits<float>::quiet_NaN();
+      }
+    }
+    std::vector<float> ours(2 * n, -1.0f), portable(2 * n, -2.0f);
+    gae(in, mode, ours.data(), ours.data() + n);
+    gae_portable(in, mode, portable.data(), portable.data() + n);
+    check(ours == portable, "the same GAE on every processor");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -180,6 +228,7 @@ int main() {
     group_once(rng);
     gae_once<float>(rng);
     gae_once<double>(rng);
+    gae_paths_once(rng);
   }
   bad_token<std::int8_t>(-1, Dtype::i8);
   bad_token<std::int16_t>(-1, Dtype::i16);

@@ -68,10 +68,13 @@ def test_01_neighbours_do_not_leak(make_step: Callable[..., PPOStep]) -> None:
     step = make_step(value_std=0.3)
     prompts, responses = [[3, 4], [5, 6, 7]], [[8, 9, 10], [11, 12]]
     one = step.evaluate(PackedBatch.pack(prompts, responses, truncated=[True, True]))
-    two = step.evaluate(PackedBatch.pack([[3, 4], [30]], [[8, 9, 20], [21]], truncated=[True] * 2))
+    # Of the same lengths: matrix products of other shapes may round differently.
+    prompts, responses = [[3, 4], [30, 31, 32]], [[8, 9, 20], [21, 22]]
+    two = step.evaluate(PackedBatch.pack(prompts, responses, truncated=[True, True]))
     assert torch.equal(one.values[:3], two.values[:3])
     assert torch.equal(one.old_logprobs[:2], two.old_logprobs[:2])
     alone = step.evaluate(PackedBatch.pack([[3, 4]], [[8, 9, 10]], truncated=[True]))
+    torch.testing.assert_close(alone.values, one.values[:3], atol=1e-5, rtol=0)
     assert alone.bootstrap[0].item() == pytest.approx(one.bootstrap[0].item(), abs=1e-6)
 
 
