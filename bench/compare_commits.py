@@ -1,6 +1,6 @@
 """Does a change leave every number as it was?
 
-    python bench/compare_commits.py BEFORE AFTER [--full] [--allow "METRIC=why" ...]
+    python bench/compare_commits.py BEFORE AFTER [--full] [--only NAME ...] [--allow "METRIC=why"]
 
 BEFORE and AFTER are revisions of this repository, or `.` for the working tree. Code that is moved
 or rewritten must compute what it computed. Tests hold that to tolerances, and only for what they
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,8 +82,8 @@ def build(tree: str, cache: Path) -> Path:
     return folder
 
 
-def train(built: Path, project: Path, out: Path, phases: list[str]) -> Path:
-    """Run every scenario with what was built, in `out`.
+def train(built: Path, project: Path, out: Path, phases: list[str], only: Sequence[str]) -> Path:
+    """Run the scenarios of some phases, or those named `only`, with what was built, in `out`.
 
     Raises:
         RuntimeError: the process ended otherwise than it should.
@@ -93,7 +93,7 @@ def train(built: Path, project: Path, out: Path, phases: list[str]) -> Path:
     env |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     for phase in phases:
         places = [built / "site", built / "source", project]
-        command = [sys.executable, "-I", str(SCENARIOS), phase, *map(str, places)]
+        command = [sys.executable, "-I", str(SCENARIOS), phase, *map(str, places), *only]
         with open(out / "log.txt", "ab") as log:
             status = subprocess.run(command, cwd=out, env=env, stdout=log, stderr=log).returncode
         if status:
@@ -208,6 +208,7 @@ def main(
     /,
     *,
     full: bool = False,
+    only: tuple[str, ...] = (),
     allow: UseAppendAction[tuple[str, ...]] = (),
     cache: Path = CACHE,
 ) -> None:
@@ -216,6 +217,7 @@ def main(
     Args:
         before, after: revisions, or `.` for the working tree.
         full: the demo and the addition example too.
+        only: names of the scenarios to run; none: all.
         allow: NAME=why: a metric that may differ, or a pattern of such names.
         cache: folder in which built revisions are kept.
     """
@@ -234,7 +236,7 @@ def main(
         built = [made[tree].result() for tree in trees]
         ready = time.perf_counter()
         runs = [
-            pool.submit(train, folder, project, work / side, phases)
+            pool.submit(train, folder, project, work / side, phases, only)
             for folder, side in zip(built, ("before", "after"), strict=True)
         ]
         outs = [run.result() for run in runs]

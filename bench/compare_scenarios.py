@@ -1,7 +1,7 @@
 """The runs that bench/compare_commits.py compares: one process, the fastppo of one revision.
 
     python bench/compare_scenarios.py make PROJECT
-    python -I bench/compare_scenarios.py tiny | resume | full SITE SOURCE PROJECT
+    python -I bench/compare_scenarios.py tiny | resume | full SITE SOURCE PROJECT [NAME ...]
 
 `make` writes tiny models, prompts, rewards and one TOML file for each scenario, without fastppo.
 The others run scenarios in the working folder, each in a folder of its name, with the fastppo that
@@ -161,7 +161,7 @@ def make_project(folder: Path) -> None:
         (folder / f"{name}.toml").write_text("".join(lines))
 
 
-def run_phase(phase: str, site: Path, source: Path, project: Path) -> None:
+def run_phase(phase: str, site: Path, source: Path, project: Path, only: list[str]) -> None:
     """Run the scenarios of a phase in the working folder; what fails leaves NAME.failed.
 
     Args:
@@ -169,6 +169,7 @@ def run_phase(phase: str, site: Path, source: Path, project: Path) -> None:
         site: where that fastppo is installed, and the only place it may come from.
         source: the revision's files.
         project: what `make_project` made.
+        only: names of scenarios; none: all of the phase.
     """
     # An editable install has a finder that comes before sys.path, and knows another fastppo.
     finders = [f for f in sys.meta_path if f is PathFinder or not f.find_spec("fastppo", None)]
@@ -200,6 +201,8 @@ def run_phase(phase: str, site: Path, source: Path, project: Path) -> None:
         runs["python-trainer"] = lambda folder: trainer_alone(project, folder)
         runs["python-step"] = lambda folder: step_alone(project, folder)
     for name, run in runs.items():
+        if only and name not in only:
+            continue
         try:
             run(Path(name).resolve())
         except (Exception, SystemExit):  # tyro exits where an option is unknown
@@ -277,4 +280,5 @@ if __name__ == "__main__":
     if chosen == "make":
         make_project(Path(places[0]))
     else:
-        run_phase(chosen, *map(Path, places))
+        site, source, project = map(Path, places[:3])
+        run_phase(chosen, site, source, project, places[3:])
