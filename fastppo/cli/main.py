@@ -124,8 +124,8 @@ def _train(argv: Sequence[str]) -> int:
         )
     except (ValueError, TypeError, ImportError, OSError, CheckpointError) as error:
         return _refused("train", error)
-    from fastppo.ppo.step import NonFiniteError
     from fastppo.rewards import RewardError
+    from fastppo.training.errors import NonFiniteError
     from fastppo.training.interrupts import Interrupted
     from fastppo.training.memory import is_out_of_memory
 
@@ -224,8 +224,8 @@ def _profile(argv: Sequence[str]) -> int:
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
         return _refused("profile", error)
-    from fastppo.ppo.step import NonFiniteError
     from fastppo.rewards import RewardError
+    from fastppo.training.errors import NonFiniteError
     from fastppo.training.interrupts import Interrupted
 
     _quiet()

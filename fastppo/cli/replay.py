@@ -27,7 +27,7 @@ from fastppo.models.loading import (
 from fastppo.ppo.build import lora_config
 from fastppo.ppo.config import PPOConfig, TrainConfig
 from fastppo.ppo.experience import PackedBatch
-from fastppo.ppo.state import Iteration, frozen_digest, load_run, saved_run
+from fastppo.ppo.state import Iteration, frozen_digest, load_trainer_state
 from fastppo.ppo.step import PPOStep
 from fastppo.training.seeding import derive_seed
 
@@ -126,9 +126,7 @@ def _load(checkpoint: Checkpoint, model: str) -> tuple[PPOStep, Iteration, str]:
             f"{checkpoint.path}: expected the parameters before the step, got a batch that was "
             "kept for reading. Its samples are in state.json"
         )
-    run = dataclasses.replace(saved_run(checkpoint), frozen=frozen_digest(step))
-    current = load_run(checkpoint, run, step)[1]
-    return step, current, name
+    return step, load_trainer_state(checkpoint, step, {"frozen": frozen_digest(step)}), name
 
 
 def _compare(step: PPOStep, minibatch: PackedBatch, checkpoint: Checkpoint) -> bool:

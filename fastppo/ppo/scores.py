@@ -10,6 +10,7 @@ import numpy as np
 
 from fastppo.rewards import RewardBatch, RewardError
 from fastppo.rollout.engine import Rollouts
+from fastppo.training.metrics import mean
 
 UNSCORED_ITERATIONS = 10
 """So many in a row without a single score end a run: nothing is learned from them."""
@@ -79,13 +80,6 @@ def sample_rows(
         }
         rows.append(row | ({"failure": failures[i]} if i in failures else {}))
     return rows
-
-
-def mean(scores: np.ndarray | Sequence[float]) -> float:
-    """The mean of what was scored; NaN, without numpy's warning, where nothing was."""
-    given = np.asarray(scores)
-    scored = given[~np.isnan(given)]
-    return float(scored.mean()) if scored.size else math.nan
 
 
 def _rollout_metrics(rollouts: Sequence[Rollouts]) -> dict[str, float]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,31 +29,19 @@ from fastppo.ppo.step import PPOStep, UpdateProgress
 from fastppo.ppo.update_metrics import StepStats
 from fastppo.rewards import RewardBatch, RewardFailure
 from fastppo.rollout.engine import Rollouts
+from fastppo.training.errors import ForeignStateError
+from fastppo.training.metrics import from_json, to_json
+from fastppo.training.run import State
 
 Tensors = dict[str, Tensor]
 
+_IDENTITY = {
+    "precision": "the precision is",
+    "prompts": "the digest of the training prompts is",
+    "reward_names": "the reward functions are",
+    "frozen": "the digest of the frozen and reference parameters is",
+}
 _COUNTERS = ("iteration", "kl_coef", "nonfinite_in_a_row", "token_budget")
-
-
-@dataclass
-class Run:
-    """A run as a whole: what it is, and how far it has come."""
-
-    precision: str
-    prompts: str
-    """Digest of the training prompts."""
-    reward_names: list[str]
-    frozen: str = ""
-    """`frozen_digest` of its step."""
-    iterations: int = 0
-    """Finished ones."""
-    rewards: list[float] = dataclasses.field(default_factory=list)
-    """Mean score of each iteration; NaN where nothing was scored."""
-    eval_before: dict[str, Any] | None = None
-    seconds: float = 0.0
-    """Spent by the processes before this one."""
-    rollbacks: int = 0
-    """Since the last checkpoint."""
 
 
 @dataclass
@@ -69,91 +56,49 @@ class Iteration:
     """The metrics, after the update."""
 
 
-class ForeignStateError(ValueError):
-    """A saved state that belongs to another model or run."""
-
-
-# The run
-
-
-def checkpoint_name(run: Run, current: Iteration, progress: UpdateProgress | None) -> str:
-    """Sorts as time passes: finished iterations, then optimiser steps of the one under way."""
-    name = f"iteration-{run.iterations:06d}"
+def place(current: Iteration, progress: UpdateProgress | None) -> str:
+    """Where in an iteration, by its finished optimiser steps; sorts as time passes."""
     if current.row is not None:
-        return f"{name}-updated"
+        return "-updated"
     if progress is not None:
-        return f"{name}-{len(progress.steps):04d}"
-    return f"{name}-0000" if current.rollouts is not None else name
+        return f"-{len(progress.steps):04d}"
+    return "-0000" if current.rollouts is not None else ""
 
 
-def run_state(run: Run, step: PPOStep, current: Iteration) -> tuple[dict[str, Tensors], Any]:
-    """All tensors of a run by group, and its JSON half."""
+def trainer_state(step: PPOStep, current: Iteration) -> State:
+    """All tensors by group, and their JSON half."""
     tensors, under_way = iteration_state(current, step.progress)
-    state = {
-        "run": _to_json(dataclasses.asdict(run)),
-        "step": {name: getattr(step, name) for name in _COUNTERS},
-        "iteration": under_way,
-    }
-    return {**step_tensors(step), "iteration": tensors}, state
+    counters = {name: getattr(step, name) for name in _COUNTERS}
+    return {**step_tensors(step), "iteration": tensors}, {"step": counters, "iteration": under_way}
 
 
-def load_run(checkpoint: Checkpoint, run: Run, step: PPOStep) -> tuple[Run, Iteration]:
-    """Put a step where a checkpoint is.
+def load_trainer_state(
+    checkpoint: Checkpoint, step: PPOStep, identity: Mapping[str, Any]
+) -> Iteration:
+    """Put a step where a verified checkpoint is.
 
     Args:
         checkpoint: a verified one.
-        run: of the process that loads it.
-        step: likewise; it is changed.
+        step: is changed.
+        identity: what the checkpoint's run must have in common with this one, by the names of
+            `_IDENTITY`.
 
     Returns:
-        The checkpoint's run, and its iteration under way.
+        The iteration under way.
 
     Raises:
         ForeignStateError: the checkpoint is of another run. Nothing has been changed then.
     """
     state = checkpoint.state
-    saved = saved_run(checkpoint)
-    for name, what in (
-        ("precision", "the precision is"),
-        ("prompts", "the digest of the training prompts is"),
-        ("reward_names", "the reward functions are"),
-        ("frozen", "the digest of the frozen and reference parameters is"),
-    ):
-        ours, theirs = getattr(run, name), getattr(saved, name)
+    for name, ours in identity.items():
+        theirs = state["run"][name]
         if ours != theirs:
-            raise ForeignStateError(f"{what} {theirs} there and {ours} here")
+            raise ForeignStateError(f"{_IDENTITY[name]} {theirs} there and {ours} here")
     policy, optimizer = checkpoint.tensors("policy"), checkpoint.tensors("optimizer")
     load_step(step, state["step"], policy, optimizer)
     tensors = checkpoint.tensors("iteration")
     current, step.progress = load_iteration(tensors, state["iteration"], step.device)
-    return saved, current
-
-
-def saved_run(checkpoint: Checkpoint) -> Run:
-    """The run that a checkpoint was saved by."""
-    fields = dict(checkpoint.state["run"])
-    fields["rewards"] = [_number(value) for value in fields["rewards"]]
-    if fields["eval_before"] is not None:
-        fields["eval_before"] = _numbers(fields["eval_before"])
-    return Run(**fields)
-
-
-def _to_json(value: Any) -> Any:
-    """Numbers that JSON has no word for become text: "nan", "inf", "-inf"."""
-    if isinstance(value, dict):
-        return {key: _to_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to_json(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _number(value: float | str) -> float:
-    """The reverse of `_to_json`."""
-    return float(value) if isinstance(value, str) else value
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _number(value) for key, value in values.items()}
+    return current
 
 
 # The step
@@ -253,7 +198,7 @@ def iteration_state(
                 tensors[f"batch/{name}"] = value
         state["batch"] = batch.max_seqlen
     if current.row is not None:
-        state["row"] = _to_json(current.row)
+        state["row"] = to_json(current.row)
     if progress is not None:
         state["progress"] = [progress.epoch, progress.minibatch]
         for name in StepStats._fields if progress.steps else ():
@@ -293,7 +238,7 @@ def load_iteration(
             fields[f"{name}_host"] = tensors[f"batch/{name}"].numpy()
         current.batch = PackedBatch(**fields, max_seqlen=state["batch"])
     if "row" in state:
-        current.row = _numbers(state["row"])
+        current.row = from_json(state["row"])
     if "progress" in state:
         names = StepStats._fields if "steps/policy" in tensors else ()
         stacked = [tensors[f"steps/{name}"].to(device) for name in names]

@@ -39,6 +39,7 @@ from fastppo.ppo.policy import Policy
 from fastppo.ppo.update_metrics import StepStats
 from fastppo.training import interrupts
 from fastppo.training.device import resolve_device, resolve_precision
+from fastppo.training.errors import NonFiniteError
 from fastppo.training.memory import free_memory, is_out_of_memory, retried
 from fastppo.training.optim import apply_step, grad_norm, make_adamw
 from fastppo.training.seeding import generator
@@ -53,19 +54,6 @@ class UpdateProgress:
     epoch: int = 0
     minibatch: int = 0  # done in this epoch
     steps: list[StepStats] = field(default_factory=list)
-
-
-class NonFiniteError(RuntimeError):
-    """Too many optimiser steps in a row had a loss or a gradient that is not finite.
-
-    `progress` is where the last of them starts; parameters and optimisers are as they were there.
-    `recorded` is what that step came to.
-    """
-
-    def __init__(self, message: str, progress: UpdateProgress, recorded: StepStats) -> None:
-        super().__init__(message)
-        self.progress = progress
-        self.recorded = recorded
 
 
 class PPOStep:
@@ -136,8 +124,8 @@ class PPOStep:
         last = int(batch.input_ids.max()) if batch.num_tokens else 0
         if last >= size:
             raise ValueError(
-                f"batch.input_ids: expected tokens of the model's vocabulary of {size}, got {last}. "
-                "Use the model's own tokenizer, or resize the model's embeddings"
+                f"batch.input_ids: expected tokens of the model's vocabulary of {size}, got "
+                f"{last}. Use the model's own tokenizer, or resize the model's embeddings"
             )
 
     def _evaluate(self, batch: PackedBatch) -> PackedBatch:

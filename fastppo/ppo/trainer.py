@@ -1,24 +1,22 @@
 """PPOTrainer: generate → score → pack → evaluate → advantages → update, until done.
 
-The loop is `iterate`, top to bottom. Everything it needs is an object with one job: an `Engine`
-that samples, `Rewards` that score, a `PPOStep` that learns, a `MetricsWriter` that records, a
-`CheckpointStore` that keeps what it takes to go on after a crash.
+The lesson is `iterate`, top to bottom. Everything it needs is an object with one job: an `Engine`
+that samples, `Rewards` that score, a `PPOStep` that learns. What makes a run survive (resume,
+checkpoints, signals, steps that are not finite) and what a person sees of it is `Run`, in
+training/run.py, which drives this trainer like any other.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import signal
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastppo.checkpoint import delete, lock_run_dir, save_model, write_json
-from fastppo.data.prompts import PromptDataset, decode
+from fastppo.checkpoint import Checkpoint, save_model
+from fastppo.data.prompts import PromptBatch, decode
 from fastppo.models.loading import (
     eos_token_ids,
     load_config,
@@ -27,28 +25,24 @@ from fastppo.models.loading import (
     load_value_model,
     with_adapter,
 )
-from fastppo.ppo import recovery
 from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
-from fastppo.ppo.scores import check_scored, evaluation, mean, sample_rows, score_metrics
-from fastppo.ppo.state import Iteration, Run, frozen_digest
-from fastppo.ppo.step import NonFiniteError, PPOStep
+from fastppo.ppo.scores import check_scored, evaluation, sample_rows, score_metrics
+from fastppo.ppo.state import Iteration, frozen_digest, load_trainer_state, place, trainer_state
+from fastppo.ppo.step import PPOStep
 from fastppo.ppo.task import make_task
-from fastppo.reporting.display import Display
-from fastppo.reporting.report import write_curve_png, write_report
-from fastppo.rewards import RewardBatch, RewardError
+from fastppo.rewards import RewardBatch
 from fastppo.rollout.engine import Engine, Rollouts, Sampling
 from fastppo.rollout.packed import PackedEngine
-from fastppo.training import interrupts
 from fastppo.training.device import describe
+from fastppo.training.errors import NonFiniteError
 from fastppo.training.memory import retried
-from fastppo.training.metrics import MetricsWriter, PhaseTimer, check_report_to
-from fastppo.training.resume import open_run, plain_config
+from fastppo.training.metrics import PhaseTimer
+from fastppo.training.run import Notice, Row, Run, Sample, State
 from fastppo.training.seeding import batch_indices, derive_seed
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -73,8 +67,8 @@ class PPOTrainer:
         processing_class: the tokenizer; by default the model's own.
         peft_config: train this PEFT adapter instead of the weights.
         reward_weights: weight of each reward function; by default 1 each.
-        engine: what samples the responses; by default transformers' generation. One with a
-            `max_rows` attribute has it kept in checkpoints.
+        engine: what samples the responses; by default `PackedEngine`. One with a `max_rows`
+            attribute has it kept in checkpoints.
         resume_from_checkpoint: continue a run exactly where its newest valid checkpoint is: True
             (the run in `args.output_dir`), a run directory, or one checkpoint. Everything else
             must be what the run was started with.
@@ -104,7 +98,7 @@ class PPOTrainer:
         allow_changes: Sequence[str] = (),
     ) -> None:
         self.args = args = args or PPOConfig()
-        self.name = _name_of(model)
+        self.name = model if isinstance(model, str) else str(model.config.name_or_path)
         if processing_class is None and not self.name:
             raise ValueError(
                 "processing_class: expected a tokenizer, got None, and the model has no name "
@@ -120,36 +114,30 @@ class PPOTrainer:
             reward_funcs,
             reward_weights,
         )
-        check_report_to(args.report_to)
-        with contextlib.ExitStack() as held:
-            self._opened = open_run(args, resume_from_checkpoint, allow_changes, held)
-            self.run_dir, self.store = self._opened.run_dir, self._opened.store
+        self.run = Run(args, self.name, resume=resume_from_checkpoint, allow_changes=allow_changes)
+        if self.train_data.num_filtered:
+            left_out = f"{self.train_data.num_filtered} prompts over the limit left out"
+            self.run.opened.notes.append(left_out)
+        with self.run.released_on_error():
             self.rewards.load_models()
-            loaded = load_model(model) if isinstance(model, str) else model
+            loaded: Any = load_model(model) if isinstance(model, str) else model
             if peft_config is not None:
-                loaded = with_adapter(loaded, peft_config, derive_seed(args.seed, 0, "adapter"))
-            self.step = PPOStep(
-                loaded,
-                args,
-                ref_model=load_model(ref_model, "ref_model")
-                if isinstance(ref_model, str)
-                else ref_model,
-                value_model=load_value_model(value_model)
-                if isinstance(value_model, str)
-                else value_model,
-            )
-            self._held = held.pop_all()
-            """Until `train` is done: the lock of a run that is resumed."""
-        self.policy = self.step.policy
+                seed = derive_seed(args.seed, 0, "adapter")
+                loaded = with_adapter(loaded, peft_config, seed)
+            if isinstance(ref_model, str):
+                ref_model = load_model(ref_model, "ref_model")
+            if isinstance(value_model, str):
+                value_model = load_value_model(value_model)
+            self.step = PPOStep(loaded, args, ref_model=ref_model, value_model=value_model)
+        self.policy, self.device = self.step.policy, self.step.device
+        self.run_dir = self.run.run_dir
         self.engine = engine or PackedEngine(self.policy.actor)
         self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
-        self.run = Run(self.step.precision, self.train_data.digest, self.rewards.names)
         self.alarms = Alarms(args)
         self.token_budget_shown = self.step.token_budget
         self.current = Iteration()
         """What the iteration under way has so far."""
-
-    # The loop
+        self._frozen = ""
 
     def train(self) -> dict[str, Any]:
         """Run all iterations, save the model and write the report.
@@ -164,88 +152,13 @@ class PPOTrainer:
             NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
             CheckpointError: a checkpoint could not be saved, or is not one of this model.
         """
-        args = self.args
-        config = plain_config(args)
-        with contextlib.ExitStack() as stack:
-            if not self._opened.found:
-                stack.enter_context(lock_run_dir(self.run_dir))
-            stack.enter_context(self._held)
-            stack.enter_context(contextlib.closing(self.store))
-            stack.enter_context(self.rewards)
-            self.run.frozen = frozen_digest(self.step)
-            if self._opened.checkpoint is not None:
-                recovery.restore(self, self._opened.checkpoint)
-                if aside := recovery.set_aside(self.run_dir, self._opened.checkpoint):
-                    self._opened.notes.append(f"what came after it is kept in {aside}")
-            write_json(self.run_dir / "config.json", config)
-            self.metrics = stack.enter_context(
-                MetricsWriter(
-                    self.run_dir,
-                    args.report_to,
-                    config,
-                    self.run_dir.name,
-                    last_iteration=self.run.iterations,
-                )
-            )
-            self.display = stack.enter_context(Display(args.num_iterations, title=self.name))
-            stack.enter_context(interrupts.handled())
-            try:
-                summary = self._train()
-            except (interrupts.Interrupted, RewardError) as error:
-                self.display.message(f"{_reason(error)}: saving a checkpoint")
-                saved = recovery.save_checkpoint(self, extra=True)
-                self.display.message(f"saved {saved}; --resume goes on from there")
-                raise
-            self.store.wait()
-        return summary
+        self._frozen = frozen_digest(self.step)
+        return self.run.train(self, self.rewards)
 
-    def _train(self) -> dict[str, Any]:
-        args, display = self.args, self.display
-        self.started = time.perf_counter()
-        timer = PhaseTimer(synchronize=self.step.device.type == "cuda")
-        for note in self._opened.notes:
-            display.message(note)
-        if self._opened.checkpoint is not None:
-            display.restore(self.metrics.rows())
-            display.message(f"resumed from {self._opened.checkpoint.path}")
-        if self.train_data.num_filtered:
-            display.message(f"{self.train_data.num_filtered} prompts over the limit left out")
-        if self.run.eval_before is None:
-            self.run.eval_before = self.evaluate()
-        while self.run.iterations < args.num_iterations:
-            self.store.check()
-            try:
-                row, samples = self.iterate(self.run.iterations + 1, timer)
-            except NonFiniteError as error:
-                recovery.roll_back(self, error)
-                continue
-            self._record(row, samples)
-        run, after = self.run, self.evaluate()
-        summary = {
-            "eval_before": run.eval_before,
-            "eval_after": after,
-            "reward_first": mean(run.rewards[:3]),
-            "reward_last": mean(run.rewards[-5:]),
-            "rewards": run.rewards,
-            "iterations": run.iterations,
-            "seconds": run.seconds + time.perf_counter() - self.started,
-            "hardware": describe(self.step.device),
-            "precision": self.step.precision,
-            "parameters": self.policy.num_parameters(),
-            "model_name": self.name,
-            "model": str(self._save_final_model()),
-            "run_dir": str(self.run_dir),
-        }
-        write_json(self.run_dir / "summary.json", summary)
-        summary["report"] = str(write_report(self.run_dir))
-        summary["curve"] = str(write_curve_png(self.run_dir))
-        display.finish(summary)
-        return summary
+    # The loop
 
-    def iterate(
-        self, iteration: int, timer: PhaseTimer
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """One round of PPO, which writes nothing; `train` calls it, and so may a profiler.
+    def iterate(self, iteration: int, timer: PhaseTimer) -> tuple[Row, list[Sample]]:
+        """One round of PPO, which writes nothing; `Run` calls it, and so may a profiler.
 
         What `current` has already is not redone. Rewards must have been entered.
 
@@ -256,80 +169,66 @@ class PPOTrainer:
         Returns:
             The metrics, and the samples for a person to read.
         """
-        args, data, step, current = self.args, self.train_data, self.step, self.current
+        step, now = self.step, self.current
         timer.take()
-        drawn = batch_indices(len(data), args.prompts_per_iteration, args.seed, iteration - 1)
-        indices = np.repeat(drawn, args.n_samples)
-        group_ids = np.repeat(np.arange(len(drawn)), args.n_samples)
-        prompts = [data.ids[i] for i in indices]
-        if current.rollouts is None:
-            with timer("rollout"), recovery.all_or_nothing(self):
-                current.rollouts = self.engine.generate(prompts, self._sampling(iteration))
-        rollouts = current.rollouts
+        drawn = self._draw(iteration)
+        if now.rollouts is None:
+            with timer("rollout"), self._all_or_nothing():
+                now.rollouts = self.engine.generate(drawn.ids, self._sampling(iteration))
         with timer("reward"):
-            completions = self._decoded(rollouts)
-            if current.scored is None:
-                with recovery.all_or_nothing(self):
-                    scored = self._score(data, indices, rollouts, completions)
+            completions = self._decoded(now.rollouts)
+            if now.scored is None:
+                with self._all_or_nothing():
+                    scored = self._score(drawn, now.rollouts, completions)
                     check_scored(scored, self.run.rewards)
-                current.scored = scored
-        scored = current.scored
-        if current.batch is None:
+                now.scored = scored
+        if now.batch is None:
             with timer("pack"):
-                batch = retried(lambda: _packed(prompts, rollouts, step.device), step.device)
+                batch = self._packed(drawn, now.rollouts)
             with timer("evaluate"):
                 batch = step.evaluate(batch)
             with timer("advantages"):
-                current.batch = step.advantages(batch, scored.scores, group_ids)
-        if current.row is None:
-            scores = score_metrics(scored, rollouts)
+                group_ids = np.arange(len(drawn.ids)) // self.args.n_samples
+                now.batch = step.advantages(batch, now.scored.scores, group_ids)
+        if now.row is None:
+            scores = score_metrics(now.scored, now.rollouts)
             with timer("update"):
-                learned = step.update(current.batch)
+                learned = step.update(now.batch)
             total = timer.elapsed
-            current.row = {
+            now.row = {
                 "iteration": iteration,
                 **scores,
                 **learned,
-                "tokens_per_second": current.batch.num_tokens / total,
+                "tokens_per_second": now.batch.num_tokens / total,
                 **timer.take(),
                 "seconds_total": total,
             }
-        chosen = [data.prompts[i] for i in indices]
-        return current.row, sample_rows(iteration, chosen, completions, scored, rollouts)
+        return now.row, sample_rows(iteration, drawn.prompts, completions, now.scored, now.rollouts)
 
-    def _record(self, row: dict[str, float], samples: list[dict[str, Any]]) -> None:
-        """What follows an update: evaluation, metrics, samples, warnings, checkpoint."""
-        args, run, iteration = self.args, self.run, self.run.iterations + 1
-        if args.eval_interval and iteration % args.eval_interval == 0:
-            row = row | {f"eval_{name}": value for name, value in self.evaluate().items()}
-        self._warn(row, samples)
-        self.current = Iteration()
-        run.iterations = iteration
-        run.rewards.append(row["reward"])
-        self.metrics.log(row)
-        self.metrics.samples(iteration, samples)
-        self.display.update(row)
-        if args.sample_interval and (iteration - 1) % args.sample_interval == 0:
-            self.display.samples(iteration, samples[:4])
-        if args.save_interval and iteration % args.save_interval == 0:
-            run.rollbacks = 0
-            score = row.get("eval_reward", row["reward"])
-            recovery.save_checkpoint(self, score=score if math.isfinite(score) else None)
+    def evaluate(self) -> dict[str, float | int]:
+        """Greedy responses to every held-out prompt.
 
-    def _warn(self, row: dict[str, float], samples: list[dict[str, Any]]) -> None:
-        """Tell a person about lost samples, lack of memory, and a policy that runs away."""
-        show, iteration = self.display.message, int(row["iteration"])
-        failures = self.current.scored.failures if self.current.scored else ()
-        for failure in failures[:3]:
-            show(f"iteration {iteration}: {failure}")
-        if more := failures[3:]:
-            show(f"iteration {iteration}: {len(more)} more samples lost by reward functions")
-        if self.step.token_budget < self.token_budget_shown:
-            self.token_budget_shown = self.step.token_budget
-            show(f"out of memory: token_budget is {self.token_budget_shown} from now on")
-        for alarm in self.alarms.check(row):
-            kept = recovery.dump(self, alarm.name, samples=samples)
-            show(f"iteration {iteration}: {alarm.message}. The batch is kept in {kept}")
+        Returns:
+            Mean `reward`, `response_length`, `truncated` share, number of `prompts`, and `accuracy`
+            where every score is 0 or 1. Empty where there is no eval_dataset.
+        """
+        data = self.eval_data
+        if data is None:
+            return {}
+        scored, rollouts = [], []
+        failures = self.rewards.state_dict()
+        with self._all_or_nothing():
+            for start in range(0, len(data), EVAL_BATCH):
+                drawn = data.select(np.arange(start, min(start + EVAL_BATCH, len(data))))
+                rollouts.append(self.engine.generate(drawn.ids, self._sampling(0, greedy=True)))
+                scored.append(self._score(drawn, rollouts[-1], self._decoded(rollouts[-1])))
+        self.rewards.load_state_dict(failures)  # the failure rate is that of the iterations
+        return evaluation(scored, rollouts)
+
+    def _draw(self, iteration: int) -> PromptBatch:
+        args, data = self.args, self.train_data
+        drawn = batch_indices(len(data), args.prompts_per_iteration, args.seed, iteration - 1)
+        return data.select(np.repeat(drawn, args.n_samples))
 
     def _sampling(self, iteration: int, *, greedy: bool = False) -> Sampling:
         args, rollbacks = self.args, self.run.rollbacks
@@ -348,66 +247,114 @@ class PPOTrainer:
     def _decoded(self, rollouts: Rollouts) -> list[str]:
         return [decode(self.tokenizer, ids) for ids in rollouts.responses]
 
-    def _score(
-        self, data: PromptDataset, indices: np.ndarray, rollouts: Rollouts, texts: list[str]
-    ) -> RewardBatch:
-        return self.rewards(
-            [data.prompts[i] for i in indices],
-            texts,
-            {name: [column[i] for i in indices] for name, column in data.columns.items()},
-            [ids.tolist() for ids in rollouts.responses],
+    def _score(self, drawn: PromptBatch, rollouts: Rollouts, completions: list[str]) -> RewardBatch:
+        ids = [ids.tolist() for ids in rollouts.responses]
+        return self.rewards(drawn.prompts, completions, drawn.columns, ids)
+
+    def _packed(self, drawn: PromptBatch, rollouts: Rollouts) -> PackedBatch:
+        return retried(
+            lambda: PackedBatch.pack(
+                drawn.ids,
+                rollouts.responses,
+                rollout_logprobs=rollouts.logprobs,
+                truncated=rollouts.truncated,
+                device=self.device,
+            ),
+            self.device,
         )
 
-    # Evaluation and saving
+    # What a run asks for
 
-    def evaluate(self) -> dict[str, float | int]:
-        """Greedy responses to every held-out prompt.
+    def notices(self, row: Row) -> Iterator[Notice]:
+        """Lost samples, lack of memory, and a policy that runs away."""
+        failures = self.current.scored.failures if self.current.scored else ()
+        for failure in failures[:3]:
+            yield Notice(str(failure))
+        if more := failures[3:]:
+            yield Notice(f"{len(more)} more samples lost by reward functions")
+        if self.step.token_budget < self.token_budget_shown:
+            self.token_budget_shown = self.step.token_budget
+            yield Notice(f"out of memory: token_budget is {self.token_budget_shown} from now on")
+        for alarm in self.alarms.check(row):
+            yield Notice(alarm.message, keep=alarm.name)
 
-        Returns:
-            Mean `reward`, `response_length`, `truncated` share, number of `prompts`, and `accuracy`
-            where every score is 0 or 1. Empty where there is no eval_dataset.
+    def next_iteration(self) -> None:
+        """Forget the iteration that is done."""
+        self.current = Iteration()
+
+    @property
+    def place(self) -> str:
+        """Where in an iteration; empty between two."""
+        return place(self.current, self.step.progress)
+
+    def identity(self) -> dict[str, Any]:
+        """What a continuation must have in common with this run."""
+        return {
+            "precision": self.step.precision,
+            "prompts": self.train_data.digest,
+            "reward_names": self.rewards.names,
+            "frozen": self._frozen,
+        }
+
+    def state(self) -> State:
+        """All that an exact continuation needs; see ppo/state.py."""
+        tensors, state = trainer_state(self.step, self.current)
+        return tensors, state | {
+            "max_rows": getattr(self.engine, "max_rows", None),
+            "reward_failures": self.rewards.state_dict(),
+            "alarms": self.alarms.raised,
+        }
+
+    def failed_step(self, error: NonFiniteError) -> State:
+        """The state before the step, and what the step came to."""
+        self.step.progress = error.progress
+        tensors, state = self.state()
+        self.step.progress = None
+        recorded = error.recorded._asdict()
+        del recorded["skipped"]
+        return tensors | {"recorded": recorded}, state
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Go where a checkpoint is.
+
+        Raises:
+            ForeignStateError: it is of another model, other prompts or other rewards.
         """
-        data = self.eval_data
-        if data is None:
-            return {}
-        scored, drawn = [], []
-        failures = self.rewards.state_dict()
-        with recovery.all_or_nothing(self):
-            for start in range(0, len(data), EVAL_BATCH):
-                indices = np.arange(start, min(start + EVAL_BATCH, len(data)))
-                prompts = [data.ids[i] for i in indices]
-                rollouts = self.engine.generate(prompts, self._sampling(0, greedy=True))
-                scored.append(self._score(data, indices, rollouts, self._decoded(rollouts)))
-                drawn.append(rollouts)
-        self.rewards.load_state_dict(failures)  # the failure rate is that of the iterations
-        return evaluation(scored, drawn)
+        self.current = load_trainer_state(checkpoint, self.step, self.identity())
+        state = checkpoint.state
+        if state["config"]["token_budget"] != self.args.token_budget:
+            self.step.token_budget = self.args.token_budget
+        self.token_budget_shown = self.step.token_budget
+        if state["max_rows"] is not None:
+            self.engine.max_rows = state["max_rows"]  # type: ignore[attr-defined]  # had it
+        self.rewards.load_state_dict(state["reward_failures"])
+        self.alarms.raised = list(state["alarms"])
 
-    def _save_final_model(self) -> Path:
-        folder = self.run_dir / "model"
-        if folder.exists():  # of the same run, before it was continued
-            delete(folder)
-        return self.save_model(folder)
+    def summary(self) -> dict[str, Any]:
+        """What was trained, and where."""
+        return {
+            "hardware": describe(self.device),
+            "precision": self.step.precision,
+            "parameters": self.policy.num_parameters(),
+            "model_name": self.name,
+        }
 
     def save_model(self, folder: Path) -> Path:
         """Save the policy, its critic and the tokenizer in a new folder."""
         return save_model(folder, self.policy, self.tokenizer)
 
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """A phase that starts again from its beginning if something stops it.
 
-def _packed(prompts: list[np.ndarray], rollouts: Rollouts, device: torch.device) -> PackedBatch:
-    return PackedBatch.pack(
-        prompts,
-        rollouts.responses,
-        rollout_logprobs=rollouts.logprobs,
-        truncated=rollouts.truncated,
-        device=device,
-    )
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, interrupts.Interrupted):
-        return f"received {signal.Signals(error.signum).name}"
-    return str(error)
-
-
-def _name_of(model: PreTrainedModel | str) -> str:
-    return model if isinstance(model, str) else str(model.config.name_or_path)
+        What engine and rewards then know of it (memory that ran out, samples lost) is put back to
+        what it was, so that the repetition is the same as without the stop.
+        """
+        rewards, rows = self.rewards.state_dict(), getattr(self.engine, "max_rows", None)
+        try:
+            yield
+        except BaseException:
+            self.rewards.load_state_dict(rewards)
+            if hasattr(self.engine, "max_rows"):
+                self.engine.max_rows = rows
+            raise

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastppo.training.errors import StopRunError
+
 FailureKind = Literal[
     "exception", "timeout", "crash", "memory", "not_finite", "wrong_length", "wrong_type"
 ]
@@ -14,7 +16,7 @@ FailureKind = Literal[
 _WINDOW = 10  # batches
 
 
-class RewardError(RuntimeError):
+class RewardError(StopRunError):
     """Rewards failed, more than `max_failure_rate` allows.
 
     `function` is the name of the function, `sample` the index in the batch or None.

@@ -23,6 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 TRACKERS: tuple[Tracker, ...] = ("tensorboard", "wandb", "trackio")
 
@@ -331,3 +334,24 @@ def strict(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [strict(item) for item in value]
     return str(value)
+
+
+def to_json(value: Any) -> Any:
+    """The same value with numbers that JSON has no word for as text: "nan", "inf", "-inf"."""
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that `to_json` wrote."""
+    return {k: float(value) if isinstance(value, str) else value for k, value in values.items()}
+
+
+def mean(scores: NDArray[Any] | Sequence[float]) -> float:
+    """The mean of what was scored; NaN, without numpy's warning, where nothing was."""
+    given = np.asarray(scores)
+    scored = given[~np.isnan(given)]
+    return float(scored.mean()) if scored.size else math.nan

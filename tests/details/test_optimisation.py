@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
-from fastppo.ppo.step import NonFiniteError, PPOStep
+from fastppo.ppo.step import PPOStep
+from fastppo.training.errors import NonFiniteError
 
 # peft asks transformers by a name that transformers 5.23 deprecates
 pytestmark = pytest.mark.filterwarnings(

@@ -37,16 +37,16 @@ trainer = PPOTrainer(
     eval_dataset=rows[:20],
     processing_class=word_tokenizer(),
 )
-process, record, kept, measured = psutil.Process(), trainer._record, [], []
+process, record, kept, measured = psutil.Process(), trainer.run._record, [], []
 
-def recorded(row, samples):
-    record(row, samples)
-    trainer.store.wait()  # a checkpoint that is being written has a thread and files
+def recorded(*arguments):
+    record(*arguments)
+    trainer.run.store.wait()  # a checkpoint that is being written has a thread and files
     kept.append(bytes(leak))
     rest = process.num_fds(), threading.active_count(), len(process.children(recursive=True))
     measured.append([process.memory_info().rss, *rest])
 
-trainer._record = recorded
+trainer.run._record = recorded
 trainer.train()
 with open(f"{folder}/measured.json", "w") as file:
     json.dump(measured, file)

@@ -21,8 +21,9 @@ from fastppo.cli.main import main
 from fastppo.models.packed import PackedModel
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 from fastppo.ppo.state import step_tensors
-from fastppo.ppo.step import NonFiniteError, PPOStep
+from fastppo.ppo.step import PPOStep
 from fastppo.training import interrupts
+from fastppo.training.errors import NonFiniteError
 
 NAN = float("nan")
 BAD = 5  # of the 16 samples of iteration 2
@@ -306,7 +307,8 @@ def test_a_run_goes_back_to_a_checkpoint_and_samples_anew(
     kept = [*scores.completions[:2], *scores.completions[4:]]
     assert written == [text for batch in kept for text in batch]
     assert "back to iteration-000002 (1 of 3)" in capsys.readouterr().out.replace("\n", " ")
-    assert trainer.display._panel.rows[-1]["iteration"] == len(trainer.display._panel.rows) == 5
+    assert trainer.run.display._panel.rows[-1]["iteration"] == 5
+    assert len(trainer.run.display._panel.rows) == 5
 
 
 def test_a_fault_that_stays_ends_the_run_after_three_roll_backs(runs: Runs) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastppo import PackedBatch, PPOConfig, PPOStep
 from fastppo.models.tiny import WORDS, tiny_model
-from fastppo.ppo.step import NonFiniteError
+from fastppo.training.errors import NonFiniteError
 
 FAST: dict[str, Any] = {
     "num_iterations": 10,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastppo import PackedBatch, PPOConfig, PPOStep
 from fastppo.models.tiny import tiny_model
-from fastppo.ppo.step import NonFiniteError
 from fastppo.training import interrupts
+from fastppo.training.errors import NonFiniteError
 
 Tensors = list[Tensor]
 

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from fastppo import PPOConfig, PPOTrainer
-from fastppo.checkpoint import Checkpoint, verify
+from fastppo.checkpoint import Checkpoint, CheckpointError, verify
 from fastppo.models.packed import PackedModel
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
-from fastppo.ppo import recovery, state, trainer
+from fastppo.ppo import state, trainer
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.policy import Policy
-from fastppo.ppo.step import NonFiniteError
 from fastppo.ppo.update_metrics import StepStats
 from fastppo.rewards import RewardError
-from fastppo.training import interrupts
+from fastppo.training import interrupts, run
+from fastppo.training.errors import NonFiniteError
 
 ROWS = [{"prompt": f"{a} {b} >", "answer": str(max(a, b))} for a in range(6) for b in range(6)]
 Differences = Callable[[Path, Path], list[str]]
@@ -41,7 +41,7 @@ def _no_pictures() -> Iterator[None]:
     """The report takes as long as the run, and nothing continues from it."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("write_report", "write_curve_png"):
-            patch.setattr(trainer, name, lambda run_dir: run_dir)
+            patch.setattr(run, name, lambda run_dir: run_dir)
         yield
 
 
@@ -218,9 +218,9 @@ def resumed(stopped: Path, folder: Path, change: Change | None = None) -> Path:
     shutil.copytree(stopped, folder)
     history = History(folder)
     if change is not None:
-        opened = history.trainer._opened
+        opened = history.trainer.run.opened
         checkpoint = Changed.of(verify(opened.checkpoint.path), change)
-        history.trainer._opened = dataclasses.replace(opened, checkpoint=checkpoint)
+        history.trainer.run.opened = dataclasses.replace(opened, checkpoint=checkpoint)
     history.train()
     return folder
 
@@ -389,7 +389,7 @@ def test_without_one_piece_the_continuation_differs(
 ) -> None:
     try:
         folder = resumed(stopped[place], tmp_path / "run", PIECES[place, piece])
-    except recovery.CheckpointError as error:
+    except CheckpointError as error:
         assert piece in RUN and "expected a checkpoint of this run" in str(error)
         return
     assert differences(whole, folder) != []
@@ -417,9 +417,9 @@ def test_every_entry_of_a_checkpoint_is_tried(stopped: dict[str, Path]) -> None:
 def test_the_seconds_of_earlier_processes_count(stopped: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(stopped["update"], tmp_path / "run")
     history = History(tmp_path / "run")
-    opened = history.trainer._opened
+    opened = history.trainer.run.opened
     changed = Changed.of(opened.checkpoint, put("run", "seconds", value=1e6))
-    history.trainer._opened = dataclasses.replace(opened, checkpoint=changed)
+    history.trainer.run.opened = dataclasses.replace(opened, checkpoint=changed)
     assert 1e6 < history.train()["seconds"] < 1e6 + 600
 
 
@@ -451,9 +451,9 @@ def test_bad_steps_before_a_signal_count(piece: str | None, tmp_path: Path) -> N
             assert torch.equal(dump.tensors("policy")[name], value), name
         return
     change = put("step", piece, value=0) if piece in saved.state["step"] else reset(piece)
-    opened = history.trainer._opened
+    opened = history.trainer.run.opened
     changed = Changed.of(opened.checkpoint, change)
-    history.trainer._opened = dataclasses.replace(opened, checkpoint=changed)
+    history.trainer.run.opened = dataclasses.replace(opened, checkpoint=changed)
     history.train()
 
 
@@ -556,9 +556,10 @@ def test_numbers_that_are_not_finite_come_back(value: float) -> None:
 
 # What changes while a run trains
 
-# in checkpoints: Run, Iteration, _COUNTERS, max_rows, the window of failures, the alarms
+# in checkpoints: the run, Iteration, _COUNTERS, max_rows, the window of failures, the alarms
 SAVED = {
-    *("PPOTrainer.run", "PPOTrainer.current", "PPOStep.iteration", "PPOStep.kl_coef"),
+    *("Run.iterations", "Run.rewards", "Run.eval_before", "Run.rollbacks"),
+    *("PPOTrainer.current", "PPOStep.iteration", "PPOStep.kl_coef"),
     *("PPOStep.nonfinite_in_a_row", "PPOStep.progress"),
     *("PPOStep.actor_optimizer", "PPOStep.critic_optimizer", "PPOStep.token_budget"),
     *("PPOStep.policy", "PPOTrainer.policy", "PackedEngine.model"),  # of one policy
@@ -566,9 +567,9 @@ SAVED = {
 }
 # made anew by every process, or by every update from what is saved
 NEED_NOT_BE = {
-    "PPOTrainer.metrics": "writes files",
-    "PPOTrainer.display": "shows rows of metrics.jsonl",
-    "PPOTrainer.started": "a time of this process; Run.seconds is saved",
+    "Run.metrics": "writes files",
+    "Run.display": "shows rows of metrics.jsonl",
+    "Run.started": "a time of this process; Run.seconds is saved",
     "PPOTrainer.token_budget_shown": "what has been told to a person",
     "PPOStep._nonfinite": "recounted from nonfinite_in_a_row and the finished steps",
 }
@@ -590,7 +591,7 @@ def fingerprint(value: Any) -> Any:
         return [fingerprint(item) for item in value]
     if isinstance(value, dict):
         return {key: fingerprint(item) for key, item in value.items()}
-    if isinstance(value, (state.Run, state.Iteration, PackedBatch)):
+    if isinstance(value, (state.Iteration, PackedBatch)):
         return fingerprint(vars(value))
     return repr(value)
 
@@ -600,7 +601,8 @@ def test_nothing_else_changes_while_a_run_trains(tmp_path: Path) -> None:
     bad = frozenset({(2, 0, 1, 2), (3, 0, 0, 2)})  # the last before this and of this update
     history = History(tmp_path / "run", in_the_third, bad, num_iterations=3)
     own = history.trainer
-    parts = (own, own.step, own.engine, own.rewards, own.rewards._window, own.alarms, own.store)
+    parts = (own, own.run, own.step, own.engine, own.rewards, own.rewards._window)
+    parts = (*parts, own.alarms, own.run.store)
     ours = [part for part in parts if type(part).__module__.startswith("fastppo")]
     assert len(ours) == len(parts)
 

@@ -1,0 +1,412 @@
+"""A run that survives: what drives any trainer, and what becomes of it when something goes wrong.
+
+    self.run = Run(args, title)                 # a new run, or one to continue; nothing is read yet
+    ...
+    summary = self.run.train(self)              # iterate until done
+
+A `Trainer` knows what an iteration is and how to put its state into tensors and JSON. Everything
+around that is here: the lock of the run directory, checkpoints and resume, signals, metrics, the
+display, steps whose numbers are not finite, the summary and the report. Rules: docs/runs.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastppo.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    delete,
+    lock_run_dir,
+    write_json,
+)
+from fastppo.reporting.display import Display
+from fastppo.reporting.report import write_curve_png, write_report
+from fastppo.training import interrupts
+from fastppo.training.config import RunConfig
+from fastppo.training.errors import ForeignStateError, NonFiniteError, StopRunError
+from fastppo.training.metrics import (
+    MetricsWriter,
+    PhaseTimer,
+    check_report_to,
+    from_json,
+    mean,
+    strict,
+    to_json,
+)
+from fastppo.training.resume import config_digest, open_run, plain_config, versions
+
+Row = dict[str, float]
+Sample = dict[str, Any]
+State = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
+"""Tensors by group and name, and what goes into JSON."""
+
+MAX_ROLLBACKS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Notice:
+    """Something a person should see."""
+
+    text: str
+    keep: str = ""
+    """Name of the dump that the batch is kept in; empty: in none."""
+
+
+class Trainer(Protocol):
+    """What a run drives."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def iterate(self, iteration: int, timer: PhaseTimer) -> tuple[Row, list[Sample]]:
+        """One iteration, counted from 1; what a stopped one had done already is not redone."""
+
+    def evaluate(self) -> dict[str, Any]:
+        """Figures on held-out data, `reward` among them; empty without any."""
+
+    def notices(self, row: Row) -> Iterator[Notice]:
+        """What an iteration's metrics warn of."""
+
+    def next_iteration(self) -> None:
+        """Forget the iteration that is done."""
+
+    @property
+    def place(self) -> str:
+        """Where in an iteration it is, as a suffix that sorts as time passes; empty between two."""
+
+    def identity(self) -> dict[str, Any]:
+        """JSON of what a continuation must have in common with the run."""
+
+    def state(self) -> State:
+        """All that an exact continuation needs, in the middle of an iteration too."""
+
+    def failed_step(self, error: NonFiniteError) -> State:
+        """`state` as it was before the step, and the tensors `recorded` of what it came to."""
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Go where a checkpoint is, or raise ForeignStateError and change nothing."""
+
+    def summary(self) -> dict[str, Any]:
+        """What it adds to summary.json."""
+
+    def save_model(self, folder: Path) -> Path:
+        """Write the trained model into a new folder."""
+
+
+class Run:
+    """One run directory and what is in it, from the first check to the report.
+
+    Args:
+        args: the whole configuration; of its fields only RunConfig's are read here.
+        title: shown by the display.
+        resume: see `find_run`; False for a new run.
+        allow_changes: fields of `args` that may differ from the run that is resumed.
+
+    Raises:
+        ValueError: a directory that is in use or cannot be used, a tracker that is not installed,
+            another configuration than the run was started with.
+        CheckpointError: nothing valid to resume from.
+    """
+
+    def __init__(
+        self,
+        args: RunConfig,
+        title: str,
+        *,
+        resume: bool | str | Path = False,
+        allow_changes: Sequence[str] = (),
+    ) -> None:
+        check_report_to(args.report_to)
+        self.args = args
+        self.title = title
+        self._held = contextlib.ExitStack()
+        """Until `train` is done: the lock of a run that is resumed."""
+        with contextlib.ExitStack() as held:
+            self.opened = open_run(args, resume, allow_changes, held)
+            self._held = held.pop_all()
+        self.run_dir, self.store = self.opened.run_dir, self.opened.store
+        # in checkpoints
+        self.iterations = 0
+        """Finished ones."""
+        self.rewards: list[float] = []
+        """Mean score of each iteration; NaN where nothing was scored."""
+        self.eval_before: dict[str, Any] | None = None
+        self.seconds = 0.0
+        """Spent by the processes before this one."""
+        self.rollbacks = 0
+        """Since the last checkpoint."""
+
+    @contextlib.contextmanager
+    def released_on_error(self) -> Iterator[None]:
+        """Give the directory back if what is done inside fails."""
+        try:
+            yield
+        except BaseException:
+            self._held.close()
+            raise
+
+    # The loop
+
+    def train(
+        self, trainer: Trainer, resources: contextlib.AbstractContextManager[Any]
+    ) -> dict[str, Any]:
+        """Run all iterations, save the model and write the report.
+
+        Args:
+            trainer: what is driven.
+            resources: of the trainer, entered while it trains.
+
+        Returns:
+            The summary that is also written to summary.json.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
+            StopRunError: the trainer cannot go on; likewise.
+            NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
+            CheckpointError: a checkpoint could not be saved, or is not one of this model.
+        """
+        config = plain_config(self.args)
+        with contextlib.ExitStack() as stack:
+            if not self.opened.found:
+                stack.enter_context(lock_run_dir(self.run_dir))
+            stack.enter_context(self._held)
+            stack.enter_context(contextlib.closing(self.store))
+            stack.enter_context(resources)
+            if self.opened.checkpoint is not None:
+                self._restore(trainer, self.opened.checkpoint)
+                if archived := archive(self.run_dir, self.opened.checkpoint):
+                    self.opened.notes.append(f"what came after it is kept in {archived}")
+            write_json(self.run_dir / "config.json", config)
+            self.metrics = stack.enter_context(
+                MetricsWriter(
+                    self.run_dir,
+                    self.args.report_to,
+                    config,
+                    self.run_dir.name,
+                    last_iteration=self.iterations,
+                )
+            )
+            self.display = stack.enter_context(Display(self.args.num_iterations, title=self.title))
+            stack.enter_context(interrupts.handled())
+            try:
+                self._iterate(trainer)
+                summary = self._finish(trainer)
+            except (interrupts.Interrupted, StopRunError) as error:
+                self.display.message(f"{_reason(error)}: saving a checkpoint")
+                saved = self.save_checkpoint(trainer, extra=True)
+                self.display.message(f"saved {saved}; --resume goes on from there")
+                raise
+            self.store.wait()
+        return summary
+
+    def _iterate(self, trainer: Trainer) -> None:
+        self.started = time.perf_counter()
+        timer = PhaseTimer(synchronize=trainer.device.type == "cuda")
+        for note in self.opened.notes:
+            self.display.message(note)
+        if self.opened.checkpoint is not None:
+            self.display.restore(self.metrics.rows())
+            self.display.message(f"resumed from {self.opened.checkpoint.path}")
+        if self.eval_before is None:
+            self.eval_before = trainer.evaluate()
+        while self.iterations < self.args.num_iterations:
+            self.store.check()
+            try:
+                row, samples = trainer.iterate(self.iterations + 1, timer)
+            except NonFiniteError as error:
+                self._roll_back(trainer, error)
+                continue
+            self._record(trainer, row, samples)
+
+    def _record(self, trainer: Trainer, row: Row, samples: list[Sample]) -> None:
+        """What follows an iteration: evaluation, warnings, metrics, samples, checkpoint."""
+        args, iteration = self.args, self.iterations + 1
+        if args.eval_interval and iteration % args.eval_interval == 0:
+            row = row | {f"eval_{name}": value for name, value in trainer.evaluate().items()}
+        for notice in trainer.notices(row):
+            kept = ""
+            if notice.keep:
+                tensors, state = self._state(trainer)
+                only = {"iteration": tensors["iteration"]}
+                kept = f". The batch is kept in {self._dump(notice.keep, only, state, samples)}"
+            self.display.message(f"iteration {iteration}: {notice.text}{kept}")
+        trainer.next_iteration()
+        self.iterations = iteration
+        self.rewards.append(row["reward"])
+        self.metrics.log(row)
+        self.metrics.samples(iteration, samples)
+        self.display.update(row)
+        if args.sample_interval and (iteration - 1) % args.sample_interval == 0:
+            self.display.samples(iteration, samples[:4])
+        if args.save_interval and iteration % args.save_interval == 0:
+            self.rollbacks = 0
+            score = row.get("eval_reward", row["reward"])
+            self.save_checkpoint(trainer, score=score if math.isfinite(score) else None)
+
+    def _finish(self, trainer: Trainer) -> dict[str, Any]:
+        after = trainer.evaluate()
+        folder = self.run_dir / "model"
+        if folder.exists():  # of the same run, before it was continued
+            delete(folder)
+        summary = {
+            "eval_before": self.eval_before,
+            "eval_after": after,
+            "reward_first": mean(self.rewards[:3]),
+            "reward_last": mean(self.rewards[-5:]),
+            "rewards": self.rewards,
+            "iterations": self.iterations,
+            "seconds": self.seconds + time.perf_counter() - self.started,
+            **trainer.summary(),
+            "model": str(trainer.save_model(folder)),
+            "run_dir": str(self.run_dir),
+        }
+        write_json(self.run_dir / "summary.json", summary)
+        summary["report"] = str(write_report(self.run_dir))
+        summary["curve"] = str(write_curve_png(self.run_dir))
+        self.display.finish(summary)
+        return summary
+
+    # Checkpoints and dumps
+
+    def save_checkpoint(
+        self, trainer: Trainer, *, score: float | None = None, extra: bool = False
+    ) -> Path:
+        """Save all that an exact continuation needs, in the middle of an iteration too.
+
+        Args:
+            trainer: while it trains.
+            score: what `keep_best` goes by.
+            extra: besides those of `save_interval`; return when it is on disk. Otherwise that
+                happens while the run goes on.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: the previous checkpoint could not be saved, or with `extra` this one.
+        """
+        name = f"iteration-{self.iterations:06d}{trainer.place}"
+        tensors, state = self._state(trainer)
+        self.metrics.sync()
+        self.store.save(name, tensors, state, score=score, extra=extra, wait=extra)
+        return self.store.folder / name
+
+    def _state(self, trainer: Trainer, make: Callable[[], State] | None = None) -> State:
+        tensors, state = (make or trainer.state)()
+        config = plain_config(self.args)
+        own = {
+            "iterations": self.iterations,
+            "rewards": to_json(self.rewards),
+            "eval_before": to_json(self.eval_before),
+            "seconds": self.seconds + time.perf_counter() - self.started,
+            "rollbacks": self.rollbacks,
+        }
+        return tensors, state | {
+            "run": trainer.identity() | own,
+            "config": config,
+            "config_sha256": config_digest(config),
+            "versions": versions(),
+        }
+
+    def _restore(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
+        """Put run and trainer where a checkpoint is."""
+        try:
+            trainer.load_state(checkpoint)
+        except ForeignStateError as error:
+            raise CheckpointError(
+                f"{checkpoint.path}: expected a checkpoint of this run, but {error}. Resume with "
+                "the model, the data and the options that the run was started with"
+            ) from error
+        saved = checkpoint.state["run"]
+        self.iterations, self.seconds = saved["iterations"], saved["seconds"]
+        self.rollbacks = saved["rollbacks"]
+        self.rewards = [float(value) for value in saved["rewards"]]
+        self.eval_before = saved["eval_before"] and from_json(saved["eval_before"])
+
+    def _dump(
+        self,
+        kind: str,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        samples: Sequence[Sample] = (),
+    ) -> Path:
+        """Keep something of the iteration under way in dumps/: for a person, or for a replay."""
+        name = f"iteration-{self.iterations + 1:06d}-{kind}"
+        folder = self.run_dir / "dumps"
+        with contextlib.closing(CheckpointStore(folder, keep_last=None)) as dumps:
+            dumps.save(name, tensors, state | {"samples": strict(list(samples))}, wait=True)
+        return folder / name
+
+    def _roll_back(self, trainer: Trainer, error: NonFiniteError) -> None:
+        """Keep the step for a replay, and go back to the last checkpoint if that is configured.
+
+        Raises:
+            NonFiniteError: `on_nonfinite` is "stop", there is no checkpoint, or going back did not
+                help `MAX_ROLLBACKS` times.
+        """
+        tensors, state = self._state(trainer, lambda: trainer.failed_step(error))
+        kept = self._dump("nonfinite", tensors, state)
+        self.store.wait()
+        # An extra one may have the very samples, and a run without a signal would not have it.
+        checkpoint, _ = self.store.newest(regular_until=f"iteration-{self.iterations:06d}")
+        seconds, rollbacks = self.seconds, self.rollbacks + 1
+        if self.args.on_nonfinite == "stop" or checkpoint is None or rollbacks > MAX_ROLLBACKS:
+            back = ""
+            if self.args.on_nonfinite == "rollback" and checkpoint is None:
+                back = "There is no checkpoint to go back to. "
+            elif self.args.on_nonfinite == "rollback":
+                back = f"Going back to a checkpoint {MAX_ROLLBACKS} times did not help. "
+            message = f"{error}. {back}The step is kept: fastppo replay {kept}"
+            raise NonFiniteError(message, error.progress, error.recorded) from error
+        self._restore(trainer, checkpoint)
+        self.seconds, self.rollbacks = seconds, rollbacks
+        self.metrics.rewind(self.iterations)
+        self.display.restore(self.metrics.rows())
+        self.display.message(
+            f"{error}. The step is kept in {kept}; back to {checkpoint.path.name} "
+            f"({rollbacks} of {MAX_ROLLBACKS})"
+        )
+
+
+def archive(run_dir: Path, checkpoint: Checkpoint) -> Path | None:
+    """Move checkpoints that are newer than the one to continue from out of the run's way.
+
+    They and copies of metrics and samples go to run_dir/abandoned-N, because the run is about to
+    take another course from there.
+
+    Returns:
+        That folder, None where there is nothing newer.
+    """
+    folder = checkpoint.path.parent
+    newer = [path for path in folder.glob("[!.]*") if path.name > checkpoint.path.name]
+    if not newer:
+        return None
+    count = len(list(run_dir.glob("abandoned-*"))) + 1
+    archived = run_dir / f"abandoned-{count}"
+    (archived / folder.name).mkdir(parents=True)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (run_dir / name).exists():
+            shutil.copy2(run_dir / name, archived / name)
+    for path in sorted(newer, reverse=True):  # a crash in between leaves none newer than the rest
+        path.rename(archived / folder.name / path.name)
+    return archived
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, interrupts.Interrupted):
+        return f"received {signal.Signals(error.signum).name}"
+    return str(error)
