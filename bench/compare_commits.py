@@ -195,11 +195,13 @@ def report(before: Path, after: Path, allowed: Mapping[str, str]) -> bool:
             more = f"; then {', '.join(others[:6])}{' ...' if others[6:] else ''}" if others else ""
             details.append(f"{scenario}: {found[0]}{more}")
         print(f"{scenario:24} {len(rows):4} {len(names):7}  {shas[0]:14}  {shas[1]}  {verdict}")
+    if not named:
+        details.append("no scenario ran")
     for pattern, why in allowed.items():
         verb = "differs" if pattern in used else "does not differ"
         print(f"allowed: {pattern} {verb} ({why})")
     print("\n".join(details) or f"every number of {len(named)} scenarios is the same")
-    return not details and bool(named)
+    return not details
 
 
 def main(
@@ -243,6 +245,8 @@ def main(
     for side, revision, tree in zip(("before", "after"), (before, after), trees, strict=True):
         print(f"{side}: {revision} (tree {tree[:10]})")
     print(f"{ready - started:.0f} s to build, {time.perf_counter() - ready:.0f} s to run")
+    if unknown := [name for name in only if not list(outs[0].glob(f"{name}*"))]:
+        sys.exit(f"--only {unknown[0]}: no scenario of that name")
     if not report(outs[0], outs[1], allowed):
         sys.exit(f"the runs are kept in {work}")
     shutil.rmtree(work)

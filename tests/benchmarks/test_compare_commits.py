@@ -91,3 +91,5 @@ def test_a_run_that_wrote_nothing_is_not_the_same(commits, tmp_path):
     for side in ("before", "after"):
         (tmp_path / side / "grpo").mkdir(parents=True)
     assert not commits.report(tmp_path / "before", tmp_path / "after", commits.ALLOWED)
+    (tmp_path / "empty").mkdir()
+    assert not commits.report(tmp_path / "empty", tmp_path / "empty", commits.ALLOWED)
