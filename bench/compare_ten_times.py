@@ -1,6 +1,6 @@
 """Is `fastppo bench compare` to be trusted on this machine?
 
-    python bench/compare_ten_times.py [--cases vtrace packing] [--sizes cpu] [--pairs 10]
+    python bench/compare_ten_times.py [--cases gae packing] [--sizes cpu] [--pairs 10]
 
 Measures the same code again and again, each time in a new process, as two runs of `fastppo bench`
 are: no run may differ from the one before. Then each row of fastppo in each of these runs is
@@ -87,10 +87,10 @@ def pretend(result: Result, slow: Row, factor: float) -> Result:
 
 
 def main(
-    cases: tuple[str, ...] = ("gae_classic", "vtrace", "whiten", "packing"),
+    cases: tuple[str, ...] = ("gae_classic", "gae_carry", "whiten", "packing"),
     sizes: Literal["smoke", "cpu", "gpu"] = "cpu",
     pairs: int = 10,
-    slow: str = "vtrace",
+    slow: str = "gae_carry",
 ) -> None:
     """Measure and print; exit status 1 where a verdict is wrong.
 

@@ -95,7 +95,7 @@ json.dump(dataclasses.asdict(measure_ceilings(torch.device('$device'))), open(sy
 " "$results/ceilings.json"
 bench head 130 linear_ppo_loss token_logprobs_forward token_logprobs linear_logprobs_forward \
   linear_logprobs
-bench ops 70 gae ppo_loss value_loss gae_carry gae_classic vtrace whiten group_advantages
+bench ops 70 gae ppo_loss value_loss gae_carry gae_classic whiten group_advantages
 bench growth 40 head_by_vocabulary update_by_tokens update_by_length update_by_response_share
 smoke=("$python" bench/kernel_smoke.py "$device")
 if command -v compute-sanitizer >/dev/null && [ "$device" != cpu ]; then

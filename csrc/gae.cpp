@@ -1,4 +1,4 @@
-// fastppo._C: gae, vtrace, gae_classic.
+// fastppo._C: gae, gae_classic.
 
 #include <pybind11/stl.h>
 
@@ -165,39 +165,6 @@ void gae_into(const py::object& advantages, const py::object& returns, const py:
   });
 }
 
-void vtrace_into(const py::object& advantages, const py::object& returns, const py::object& rewards,
-                 const py::object& values, const py::object& ratios, const py::object& cu_seqlens,
-                 double gamma, double gae_lambda, double rho_cap, double c_cap,
-                 const py::object& mask, const py::object& bootstrap) {
-  if (rewards.is_none() || ratios.is_none()) fail_type("rewards, ratios", "arrays", "None");
-  Reader reader;
-  const Segment v = reader.sequence(values, "values", Kind::floating);
-  const std::vector<std::int64_t> offsets = read_offsets(cu_seqlens, v.count);
-  const auto b = static_cast<std::int64_t>(offsets.size()) - 1;
-  with_type_of(v, [&](auto zero, Dtype dtype) {
-    using T = decltype(zero);
-    Arguments args(dtype);
-    GaeInputs<T> in;
-    in.offsets = offsets.data();
-    in.num_sequences = b;
-    in.rewards = args.floats<T>(rewards, "rewards", v.count);
-    in.values = args.floats<T>(values, "values", v.count);
-    in.mask = args.bools(mask, "mask", v.count);
-    in.bootstrap = args.floats<T>(bootstrap, "bootstrap", b);
-    in.gamma = {&gamma, 0};
-    in.actor_lambda = {&gae_lambda, 0};
-    const T* ratio = args.floats<T>(ratios, "ratios", v.count);
-    T* adv = args.output<T>(advantages, "advantages", v.count);
-    T* ret = args.output<T>(returns, "returns", v.count);
-    const py::gil_scoped_release nogil;
-    if (in.mask == nullptr) {
-      vtrace_sequences<false>(in, ratio, rho_cap, c_cap, adv, ret);
-    } else {
-      vtrace_sequences<true>(in, ratio, rho_cap, c_cap, adv, ret);
-    }
-  });
-}
-
 void classic_into(const py::object& advantages, const py::object& returns,
                   const py::object& rewards, const py::object& values,
                   const py::object& next_value, const py::object& terminated,
@@ -243,11 +210,6 @@ void register_gae(py::module_& m) {
         py::arg("bootstrap") = py::none(), py::arg("kl") = py::none(), py::arg("kl_coef") = 0.0,
         py::arg("scores") = py::none(), py::arg("whiten_eps") = py::none(),
         "Writes the advantages and returns of packed sequences.");
-  m.def("vtrace", &vtrace_into, py::arg("advantages"), py::arg("returns"), py::arg("rewards"),
-        py::arg("values"), py::arg("ratios"), py::arg("cu_seqlens"), py::kw_only(),
-        py::arg("gamma"), py::arg("gae_lambda"), py::arg("rho_cap"), py::arg("c_cap"),
-        py::arg("mask") = py::none(), py::arg("bootstrap") = py::none(),
-        "Writes the V-trace advantages and targets of packed sequences.");
   m.def("gae_classic", &classic_into, py::arg("advantages"), py::arg("returns"),
         py::arg("rewards"), py::arg("values"), py::arg("next_value"), py::arg("terminated"),
         py::arg("truncated"), py::arg("final_values"), py::kw_only(), py::arg("gamma"),

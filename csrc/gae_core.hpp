@@ -1,6 +1,6 @@
 // Advantage recurrences over packed sequences, backwards in time. No Python here.
 //
-// Formulas and mask modes: fastppo/ops/gae.py, vtrace.py, gae_classic.py. Inputs and outputs are
+// Formulas and mask modes: fastppo/ops/gae.py, gae_classic.py. Inputs and outputs are
 // float or double, every recurrence runs in double: one rounding per result. A masked token is
 // handled by selects, not branches, since masks are unpredictable and its slots may hold NaN.
 
@@ -121,35 +121,6 @@ void gae(const GaeInputs<T>& in, MaskMode mode, T* advantages, T* returns) {
     if (gae_avx2(in, mode, advantages, returns)) return;
   }
   gae_portable(in, mode, advantages, returns);
-}
-
-// V-trace of packed sequences: the same recurrence with a decay and a weight for each token.
-// `ratios` (N,) are π/μ; rewards and ratios are not null, in.actor_lambda is λ; in.scores, in.kl and
-// in.critic_lambda are not looked at. Masked tokens are carried through and come out 0.
-template <bool masked, typename T>
-void vtrace_sequences(const GaeInputs<T>& in, const T* ratios, double rho_cap, double c_cap,
-                      T* advantages, T* returns) {
-  for (std::int64_t b = 0; b < in.num_sequences; ++b) {
-    const double gamma = in.gamma[b];
-    const double decay = gamma * in.actor_lambda[b];
-    double next = in.bootstrap != nullptr ? static_cast<double>(in.bootstrap[b]) : 0.0;
-    double next_return = next;
-    double correction = 0.0;  // vs − V of the token after
-    for (std::int64_t t = in.offsets[b + 1] - 1; t >= in.offsets[b]; --t) {
-      const bool valid = !masked || in.mask[t] != 0;
-      const double r = static_cast<double>(in.rewards[t]);
-      const double v = static_cast<double>(in.values[t]);
-      const double ratio = static_cast<double>(ratios[t]);
-      const double rho = std::min(ratio, rho_cap);
-      const double advantage = rho * (r + gamma * next_return - v);
-      const double moved = rho * (r + gamma * next - v) + decay * std::min(ratio, c_cap) * correction;
-      correction = valid ? moved : correction;
-      next = valid ? v : next;
-      next_return = valid ? v + moved : next_return;
-      advantages[t] = valid ? static_cast<T>(advantage) : T{0};
-      returns[t] = valid ? static_cast<T>(v + moved) : T{0};
-    }
-  }
 }
 
 // GAE of a (steps, envs) rollout whose rows hold several episodes. `final_values` may be null where

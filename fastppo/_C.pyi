@@ -100,23 +100,6 @@ def gae(
         TypeError, ValueError: an array of the wrong type, size or layout, or malformed cu_seqlens.
     """
 
-def vtrace(
-    advantages: Any,
-    returns: Any,
-    rewards: Any,
-    values: Any,
-    ratios: Any,
-    cu_seqlens: Any,
-    *,
-    gamma: float,
-    gae_lambda: float,
-    rho_cap: float,
-    c_cap: float,
-    mask: Any = None,
-    bootstrap: Any = None,
-) -> None:
-    """What `fastppo.ops.vtrace` says, with the arrays and errors of `gae`; ratios are π/μ."""
-
 def gae_classic(
     advantages: Any,
     returns: Any,

@@ -7,9 +7,10 @@ same in plain torch, slow and obvious, which the tests hold it to.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NoReturn
+
 from fastppo.ops._ppo_config import PPOLossConfig
 from fastppo.ops._ppo_metrics import PPO_METRIC_NAMES, combine_ppo_metrics, reduce_ppo_metrics
-from fastppo.ops.discounted_returns import discounted_returns, discounted_returns_reference
 from fastppo.ops.gae import GAE, gae, gae_reference
 from fastppo.ops.gae_classic import gae_classic, gae_classic_reference
 from fastppo.ops.group_advantages import group_advantages, group_advantages_reference
@@ -27,7 +28,6 @@ from fastppo.ops.value_loss import (
     value_loss,
     value_loss_reference,
 )
-from fastppo.ops.vtrace import VTrace, vtrace, vtrace_reference
 from fastppo.ops.whiten import whiten, whiten_reference
 
 __all__ = [
@@ -37,12 +37,9 @@ __all__ = [
     "LogProbs",
     "PPOLoss",
     "PPOLossConfig",
-    "VTrace",
     "ValueLoss",
     "combine_ppo_metrics",
     "combine_value_metrics",
-    "discounted_returns",
-    "discounted_returns_reference",
     "gae",
     "gae_classic",
     "gae_classic_reference",
@@ -66,8 +63,19 @@ __all__ = [
     "token_logprobs_reference",
     "value_loss",
     "value_loss_reference",
-    "vtrace",
-    "vtrace_reference",
     "whiten",
     "whiten_reference",
 ]
+
+_REMOVED = {
+    "discounted_returns": "ops.gae with values of 0 and gae_lambda=1 gives them as its returns",
+    "vtrace": "nothing in fastppo trained with it; for samples of another policy see is_correction "
+    "of PPOLossConfig",
+}
+
+if not TYPE_CHECKING:  # else every name of this module would have a type
+
+    def __getattr__(name: str) -> NoReturn:
+        instead = _REMOVED.get(name.removesuffix("_reference"))
+        reason = f" any more: {instead}" if instead else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{reason}")

@@ -294,7 +294,7 @@ RULES: Mapping[str, _Rule] = {
     "fastppo::token_logprobs_fwd": _logits(False),
     "fastppo::token_logprobs_bwd_out": _logits(True),
     "fastppo::token_logprobs_bwd_": _logits(True),
-    **dict.fromkeys(("fastppo::gae", "fastppo::gae_classic", "fastppo::vtrace"), _scan(12)),
+    **dict.fromkeys(("fastppo::gae", "fastppo::gae_classic"), _scan(12)),
     "fastppo::ppo_loss": _scan(80),
     "fastppo::value_loss": _rows(20),
 }

@@ -101,17 +101,6 @@ def gae_classic(x: Inputs) -> Call:
     return Call(lambda: ops.gae_classic(*inputs, gamma=0.99, gae_lambda=0.95))
 
 
-def vtrace(x: Inputs) -> Call:
-    (rewards, values, logprobs, behaviour), cu, mask = x.per_token(4), x.cu_seqlens(), x.mask()
-    inputs = (rewards, values, logprobs, behaviour, cu)
-    return Call(lambda: ops.vtrace(*inputs, gamma=0.99, mask=mask))
-
-
-def discounted_returns(x: Inputs) -> Call:
-    (rewards,), cu, mask = x.per_token(), x.cu_seqlens(), x.mask()
-    return Call(lambda: (ops.discounted_returns(rewards, cu, gamma=0.99, mask=mask),))
-
-
 def whiten(x: Inputs) -> Call:
     (advantages,), mask = x.per_token(), x.mask()
     return Call(lambda: (ops.whiten(advantages, mask),))

@@ -98,10 +98,6 @@ OPS: Mapping[str, Op] = {
     "gae": Op("NB", op_inputs.gae, _packed(17, 6)),
     # the same with `terminated` for the mask and the values after the end for the offsets
     "gae_classic": Op("NB", op_inputs.gae_classic, _packed(17, 6)),
-    # two log-probabilities more; exp, two clamps and their products
-    "vtrace": Op("NB", op_inputs.vtrace, _packed(25, 12)),
-    # rewards, mask read (5), returns written (4); γR and a sum
-    "discounted_returns": Op("NB", op_inputs.discounted_returns, _packed(9, 2)),
     # x, mask read (5), the result written (4); two sums, difference, square, product
     "whiten": Op("N", op_inputs.whiten, _per_token(9, 6)),
     # two log-probabilities read, one number written; difference, exp, two sums

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastppo_kernels.gae import gae_fwd
 from fastppo_kernels.gae_classic import gae_classic_fwd
-from fastppo_kernels.vtrace import vtrace_fwd
 from fastppo_kernels.whiten import whiten
 
 TOKENS, SEQUENCES = 1 << 21, 48  # 2048 blocks: as many moments as need a stage of their own
@@ -40,25 +39,6 @@ def _gae(max_seqlen: int | None, options: bool) -> None:
     launcher(gamma=0.99, gae_lambda=0.95, max_seqlen=max_seqlen, with_moments=options)
 
 
-def _vtrace(max_seqlen: int | None, options: bool) -> None:
-    rewards, values, logprobs, behaviour = (_floats(TOKENS) for _ in range(4))
-    vtrace_fwd(
-        rewards,
-        values,
-        logprobs,
-        behaviour,
-        _offsets(),
-        gamma=0.99,
-        gae_lambda=0.95,
-        rho_cap=1.0,
-        c_cap=1.0,
-        limit=20.0,
-        mask=_bools(TOKENS) if options else None,
-        bootstrap=_floats(SEQUENCES) if options else None,
-        max_seqlen=max_seqlen,
-    )
-
-
 def _classic(envs: int, options: bool) -> None:
     shape = STEPS, envs
     truncated, final = (_bools(*shape), _floats(*shape)) if options else (None, None)
@@ -68,10 +48,9 @@ def _classic(envs: int, options: bool) -> None:
 
 def scan_launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """(suffix of its cases, what launches them)."""
-    for op in (_gae, _vtrace):
-        for plan, hint in (("one launch", SHORT), ("two launches", None)):
-            yield plan, partial(op, hint, False)
-            yield f"{plan} options", partial(op, hint, True)
+    for plan, hint in (("one launch", SHORT), ("two launches", None)):
+        yield plan, partial(_gae, hint, False)
+        yield f"{plan} options", partial(_gae, hint, True)
     for envs in (8, 4096):
         yield f"{envs} envs", partial(_classic, envs, False)
         yield f"{envs} envs options", partial(_classic, envs, True)

@@ -67,8 +67,7 @@ def gae_maps(
     MODE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The five floats of each token, its value, whether it is valid, whether it ends its sequence,
-    and γ."""
+    """The five floats of each token, its value, and whether it is valid."""
     inside = offs < num_tokens
     sequence, last = sequence_of(offs, cu_seqlens_ptr, num_tokens, num_sequences, num_search_steps)
 
@@ -107,7 +106,7 @@ def gae_maps(
     a, p = tl.where(last, 0.0, a), tl.where(last, 0.0, p)
     b = tl.where(last & moves, b + end, b)
     q = tl.where(last & (~moves), end, q)
-    return a, e, b, p, q, v, valid, last, g
+    return a, e, b, p, q, v, valid
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_search_steps"])
@@ -134,7 +133,7 @@ def gae_blocks_kernel(
     """The map of each block of tokens."""
     block, critic = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
-    a, e, b, p, q, _, _, _, _ = gae_maps(
+    a, e, b, p, q, _, _ = gae_maps(
         block * BLOCK + lane,
         critic,
         rewards_ptr,
@@ -197,7 +196,7 @@ def gae_fwd_kernel(
         zero = tl.sum(tl.zeros([BLOCK], DTYPE), axis=0)
         ta, te, tb, tp, tq = zero + 1, zero, zero, zero + 1, zero
         while needed:
-            ra, re, rb, rp, rq, _, _, _, _ = gae_maps(
+            ra, re, rb, rp, rq, _, _ = gae_maps(
                 right * BLOCK + lane,
                 critic,
                 rewards_ptr,
@@ -226,7 +225,7 @@ def gae_fwd_kernel(
         tb, tq = state_from_maps(maps_ptr, right, num_blocks, needed, CHUNK)
 
     offs = block * BLOCK + lane
-    a, e, b, p, q, v, valid, _, _ = gae_maps(
+    a, e, b, p, q, v, valid = gae_maps(
         offs,
         critic,
         rewards_ptr,

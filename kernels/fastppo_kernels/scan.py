@@ -6,8 +6,8 @@ associatively. The last token of a sequence starts from a known state, so its ma
 (a = e = p = 0): that is all that separates sequences. Products with 0 are 0, whatever the other
 factor: a NaN in one sequence never reaches another.
 
-What the kernels of `gae` and `vtrace` share: the composition, the search for a token's sequence,
-and the two plans by which a block of tokens learns the state behind it.
+What the kernels of `gae` are made of: the composition, the search for a token's sequence, and the
+two plans by which a block of tokens learns the state behind it.
 
     one launch     each block composes the blocks of tokens on its right until the composition is
                    constant: as far as the sequence that leaves the block goes on

@@ -156,10 +156,6 @@ void gae_once(std::mt19937& rng) {
     gae(in, mode, advantages.data(), returns.data());
     for (std::size_t i = 0; i < n; ++i) check(mask[i] != 0 || returns[i] == T{0}, "masked return");
   }
-  vtrace_sequences<true>(in, kl.data(), 1.0, 1.0, advantages.data(), returns.data());
-  for (std::size_t i = 0; i < n; ++i) {
-    check(mask[i] != 0 || returns[i] == T{0}, "masked V-trace target");
-  }
   if (n > 0) {  // one step of n environments, every episode over: the advantage is r − V
     const std::vector<std::uint8_t> over(n, 1);
     gae_classic<T>(1, offsets.back(), rewards.data(), values.data(), values.data(), over.data(),

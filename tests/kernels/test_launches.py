@@ -13,7 +13,6 @@ from fastppo_kernels.scan import LAUNCH
 
 from fastppo.ops.gae import gae_triton
 from fastppo.ops.gae_classic import gae_classic_triton
-from fastppo.ops.vtrace import vtrace_triton
 from fastppo.ops.whiten import whiten_triton
 
 N, B = 1 << 20, 64
@@ -84,14 +83,6 @@ def test_many_blocks_of_moments_take_one_launch_more():
 def test_whiten(masked):
     mask = bools(N) if masked else None
     assert launched(lambda: whiten_triton(floats(N), mask, True)) == ["moments", "whiten"]
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_vtrace(masked):
-    rest = (bools(N), floats(B)) if masked else (None, None)
-    args = (*(floats(N) for _ in range(4)), offsets(), *rest, 0.99, 0.95, 1.0, 1.0)
-    assert launched(lambda: vtrace_triton(*args, LAUNCH.one_launch)) == ["vtrace_fwd"]
-    assert launched(lambda: vtrace_triton(*args, None)) == ["vtrace_blocks", "vtrace_fwd"]
 
 
 @pytest.mark.parametrize(("steps", "envs"), [(128, 4096), (2048, 8), (1, 1)])

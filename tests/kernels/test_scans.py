@@ -1,4 +1,4 @@
-"""The scans (gae, discounted returns, V-trace, classic GAE) and whitening against plain loops.
+"""The scans (gae, classic GAE) and whitening against plain loops.
 
 The same tests run under Triton's interpreter, in the process of test_interpreted.py, and with
 `-m gpu` on a CUDA device. Blocks of 8 tokens and 2 block maps at a time put sequences across blocks
@@ -20,18 +20,15 @@ from fastppo_kernels.gae import gae_fwd
 from fastppo_kernels.gae_classic import gae_classic_fwd
 from fastppo_kernels.launch import Launch
 from fastppo_kernels.scan import ScanLaunch
-from fastppo_kernels.vtrace import vtrace_fwd
 from fastppo_kernels.whiten import whiten as whiten_kernels
 
 from fastppo.ops import (
     gae_classic_reference,
     gae_reference,
-    vtrace_reference,
     whiten_reference,
 )
 from fastppo.ops.gae import gae_triton
 from fastppo.ops.gae_classic import gae_classic_triton
-from fastppo.ops.vtrace import vtrace_triton
 from fastppo.ops.whiten import EPS, whiten_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -226,51 +223,6 @@ def test_whiten_equal_entries_to_zero(value, count):
     assert torch.equal(kept, torch.where(mask, torch.tensor(value), 0.0))
 
 
-def vtrace_inputs(rng, dtype=torch.float32, lengths=LENGTHS):
-    rewards, values, cu, mask, optional = inputs(rng, dtype, lengths)
-    logprobs, behaviour = torch.randn(2, len(values), generator=rng, dtype=dtype)
-    return (rewards, values, logprobs, behaviour, cu), mask, optional["bootstrap"]
-
-
-def run_vtrace(args, **options):
-    options |= {"limit": 20.0}
-    return [x.cpu() for x in vtrace_fwd(*on_device(*args), **there(options))]
-
-
-@every_plan
-@pytest.mark.parametrize(
-    ("masked", "dtype"),
-    [(False, torch.float32), (True, torch.float32), (True, torch.float64)],
-    ids=str,
-)
-def test_vtrace_against_the_paper(knobs, masked, dtype, rng):
-    args, mask, bootstrap = vtrace_inputs(rng, dtype)
-    options = {"gamma": 0.97, "gae_lambda": 0.9, "rho_cap": 2.0, "c_cap": 1.5}
-    options |= {"bootstrap": bootstrap, "mask": mask if masked else None}
-    result = run_vtrace(args, knobs=knobs, **options)
-    truth = vtrace_reference(*(x.double() for x in args[:4]), args[4], **options)
-    scale = max(1.0, float(truth.returns.abs().max()))
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    assert result[0].dtype == dtype
-    check(result, truth, tolerance, tolerance * scale)
-    if masked and dtype == torch.float32:
-        poison = [torch.where(mask, x, torch.nan) for x in args[:4]]
-        assert same(run_vtrace((*poison, args[4]), knobs=knobs, **options), result)
-
-
-def test_vtrace_of_a_poisoned_sequence_and_of_impossible_samples(rng):
-    args, _, _ = vtrace_inputs(rng)
-    options = {"gamma": 1.0, "gae_lambda": 1.0, "rho_cap": 1e3, "c_cap": torch.inf}
-    options["knobs"] = KNOBS["one launch"]
-    before = run_vtrace(args, **options)
-    args[2][35] = torch.nan  # the first token after the sequence of rows 8 to 34, in its last block
-    after = run_vtrace(args, **options)
-    assert all(torch.equal(a[:35], b[:35]) for a, b in zip(after, before, strict=True))
-    assert not after[1][35].isfinite()
-    args[2][34:36] = torch.tensor([-1e4, 1e4])
-    assert all(x.isfinite().all() for x in run_vtrace(args, **options))
-
-
 def rollout(steps, envs, rng, dtype=torch.float32):
     rewards, values, final = torch.randn(3, steps, envs, generator=rng, dtype=dtype)
     ends = torch.rand(2, steps, envs, generator=rng) < 0.15
@@ -329,15 +281,15 @@ def test_classic_integers_are_exact_and_a_nan_stays_in_its_episode(rng):
 )
 @pytest.mark.parametrize("hinted", [False, True])
 def test_real_sizes_on_a_device(lengths, hinted, rng):
-    args, mask, bootstrap = vtrace_inputs(rng, lengths=lengths)
-    rewards, values, logprobs, behaviour, cu = args
+    rewards, values, cu, mask, optional = inputs(rng, lengths=lengths)
+    bootstrap = optional["bootstrap"]
     hint = max(lengths) if hinted else None
     tensors = on_device(mask, bootstrap, None, bootstrap, None)
     arguments = (*on_device(values, cu, rewards), *tensors, 1.0, 0.95, 1.0, 0.0, "carry", True)
     result = gae_triton(*arguments, hint)
     assert same(gae_triton(*arguments, hint), result)
     options = {"gamma": 1.0, "mask": mask, "bootstrap": bootstrap}
-    from fastppo.ops import gae, vtrace
+    from fastppo.ops import gae
 
     truth = gae(
         rewards.double(),
@@ -351,12 +303,6 @@ def test_real_sizes_on_a_device(lengths, hinted, rng):
     )
     check(result, truth, 1e-4, 1e-4 * float(truth.returns.abs().max()))
     check(result[:1], truth[:1], 1e-3, 1e-4)
-    numbers = 1.0, 0.95, 1.0, 1.0
-    given = on_device(rewards, values, logprobs, behaviour, cu, mask, bootstrap)
-    result = vtrace_triton(*given, *numbers, hint)
-    assert same(vtrace_triton(*given, *numbers, hint), result)
-    truth = vtrace(*(x.double() for x in args[:4]), cu, gae_lambda=0.95, **options)
-    check(result, truth, 1e-4, 1e-4 * float(truth.returns.abs().max()))
     x = whiten_triton(*on_device(rewards, mask), True)
     check([x], [whiten_reference(rewards.double(), mask)], 1e-5, 1e-5)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from fastppo.ops import discounted_returns, gae, gae_reference, kl_penalty, whiten
+from fastppo import ops
+from fastppo.ops import gae, gae_reference, kl_penalty, whiten
 
 # Empty sequences, single tokens, one block of 64 and its neighbours, several levels of blocks.
 LENGTHS = [[], [0], [1], [3, 0, 1, 5], [63, 64, 65, 0, 1], [4099, 2, 130]]
@@ -230,6 +233,37 @@ def test_integers_are_exact_in_every_mode(mode, rng):
     assert torch.equal(result.returns, truth.returns)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_discounted_returns_are_gae_with_values_of_0(masked, rng):
+    """What the message of the removed op says, token by token."""
+    rewards, values, cu = packed([3, 0, 1, 70], rng)
+    mask = torch.rand(len(rewards), generator=rng) < 0.7 if masked else torch.ones(74) > 0
+    bootstrap = torch.randn(4, generator=rng, dtype=torch.float64)
+    expected = torch.zeros_like(rewards)
+    for i, (start, stop) in enumerate(pairwise(cu.tolist())):
+        to_go = bootstrap[i]
+        for t in reversed(range(start, stop)):
+            if mask[t]:
+                expected[t] = to_go = rewards[t] + 0.9 * to_go
+    options = {"gamma": 0.9, "gae_lambda": 1, "mask": mask, "bootstrap": bootstrap}
+    result = gae(rewards, torch.zeros_like(values), cu, **options)
+    torch.testing.assert_close(result.returns, expected)
+    torch.testing.assert_close(result.advantages, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("discounted_returns", "values of 0 and gae_lambda=1"), ("vtrace", "is_correction")],
+)
+def test_removed_ops_say_what_to_do(name, instead):
+    for gone in (name, f"{name}_reference"):
+        assert not hasattr(ops, gone)
+        with pytest.raises(AttributeError, match=f"no attribute '{gone}' any more: .*{instead}"):
+            getattr(ops, gone)
+    with pytest.raises(AttributeError, match=r"^module 'fastppo.ops' has no attribute 'gea'$"):
+        ops.gea  # noqa: B018
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.999])
 def test_a_sequence_of_200_000_tokens(gamma, rng):
     rewards, values, cu = packed([200_000, 1], rng, torch.float32)
@@ -349,7 +383,7 @@ def test_compiles_without_a_graph_break(rng):
     def both(r, v, longest):
         options = {"gamma": 0.9, "gae_lambda": 0.8, "scores": torch.ones(2), "norm_adv": True}
         advantages, returns = gae(r, v, cu, max_seqlen=longest, **options)
-        return advantages + returns + discounted_returns(r, cu, gamma=0.9, max_seqlen=longest)
+        return advantages + returns
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     expected = both(rewards, values, 30)
