@@ -9,7 +9,7 @@ durable.py   what it takes until a file survives a power cut
 
 from fastppo.checkpoint.durable import delete
 from fastppo.checkpoint.format import Checkpoint, CheckpointError, verify
-from fastppo.checkpoint.lock import RunDirLock, lock_run_dir
+from fastppo.checkpoint.lock import lock_run_dir
 from fastppo.checkpoint.run_dir import new_run_dir, save_model, write_json
 from fastppo.checkpoint.store import CheckpointStore
 
@@ -17,7 +17,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointStore",
-    "RunDirLock",
     "delete",
     "lock_run_dir",
     "new_run_dir",

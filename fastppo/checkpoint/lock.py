@@ -1,88 +1,69 @@
 """One process per run directory.
 
-A POSIX record lock on run_dir/.lock. The kernel gives it back when the process ends, however it
-ends, and a forked process does not inherit it: a reward worker that outlives the run keeps nothing
+filelock's lock on run_dir/.lock. The kernel gives it back when the process ends, however it ends,
+and filelock closes it in a forked process: a reward worker that outlives the run keeps nothing
 locked. The file stays; what is written in it only serves the message for a process that is refused.
-
-A process loses the lock as soon as it closes the file anywhere: open run_dir/.lock nowhere else.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import socket
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from fastppo.checkpoint.durable import make_folder
 
 LOCK = ".lock"
 
-# Folder (device, inode) → the process that locked it: within one process record locks do not
-# exclude each other, and a forked process gets a copy of this table without the locks.
-_held: dict[tuple[int, int], int] = {}
 
-
-class RunDirLock:
-    """A run directory's lock, held until `release` or the end of the process."""
-
-    def __init__(self, fd: int, key: tuple[int, int]) -> None:
-        self._fd = fd
-        self._key = key
-
-    def release(self) -> None:
-        """Give the lock back; a second call does nothing."""
-        if self._fd >= 0:
-            _held.pop(self._key, None)
-            os.close(self._fd)
-            self._fd = -1
-
-    def __enter__(self) -> RunDirLock:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
-
-
-def lock_run_dir(run_dir: Path) -> RunDirLock:
+def lock_run_dir(run_dir: Path) -> AcquireReturnProxy[FileLock]:
     """Lock a run directory, which is made if it does not exist, for this process.
 
+    Returns:
+        What gives the lock back: as a context manager, by `lock.release()`, or when it is dropped.
+
     Raises:
-        ValueError: a running process, this one too, has it locked.
+        ValueError: a running process, this one too, has it locked; or .lock is something else.
         OSError: the folder cannot be written, or its file system knows no locks.
     """
     make_folder(run_dir)
-    status = run_dir.stat()
-    key = (status.st_dev, status.st_ino)
-    if _held.get(key) == os.getpid():
-        raise _in_use(run_dir, "this process")
-    fd = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    path = run_dir / LOCK
+    _holder(path)  # refuses what is not a lock, before anything is written to it
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False, on_acquired=_sign)
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        now = datetime.now().astimezone().isoformat(" ", "seconds")
-        os.write(fd, f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
+        return lock.acquire(timeout=0)
+    except Timeout:
+        holder = _holder(path)
+        by = "this process" if holder.startswith(f"{_this_process()} ") else holder
+        raise ValueError(
+            f"output_dir: {str(run_dir)!r} is in use by {by or 'another process'}. "
+            "Wait for that run or stop it, or choose another folder"
+        ) from None
     except OSError as error:
-        holder = os.read(fd, 1000).decode(errors="replace")
-        os.close(fd)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise _in_use(run_dir, holder or "another process") from None
-        error.filename = str(run_dir / LOCK)
+        error.filename = str(path)
         raise
-    _held[key] = os.getpid()
-    return RunDirLock(fd, key)
 
 
-def _in_use(run_dir: Path, holder: str) -> ValueError:
-    return ValueError(
-        f"output_dir: {str(run_dir)!r} is in use by {holder}. "
-        "Wait for that run or stop it, or choose another folder"
-    )
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _sign(fd: int) -> None:
+    os.ftruncate(fd, 0)
+    now = datetime.now().astimezone().isoformat(" ", "seconds")
+    os.pwrite(fd, f"{_this_process()} since {now}".encode(), 0)
+
+
+def _holder(path: Path) -> str:
+    """What the latest holder wrote; "" before the first."""
+    if not os.path.lexists(path):
+        return ""
+    if path.is_file() and not path.is_symlink():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            holder = file.read(1000)
+        if not holder or holder.startswith("process "):
+            return holder
+    raise ValueError(f"{path} is not the lock of a run; move it away, or choose another output_dir")

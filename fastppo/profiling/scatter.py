@@ -1,20 +1,20 @@
 """The roofline as a picture: operations per byte against operations per second, both logarithmic.
 
-Roofs are SVG stretched to the page's width; dots and labels are HTML on top of it, so that dots
-stay round and text keeps its size.
+page.html draws roofs as SVG stretched to its width, dots and labels as HTML on top of it, so that
+dots stay round and text keeps its size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastppo.profiling.analysis import Kernel
 from fastppo.profiling.meta import Ceilings
 from fastppo.profiling.names import amount, duration, percent, short_name
 from fastppo.profiling.roofline import attainable_tflops, ridge
-from fastppo.reporting.markup import text
 
 _DOTS = 150  # kernels drawn, the longest first
 _LABELS = 6  # of them with their names
@@ -38,34 +38,57 @@ class _Axes:
         return (self.top - math.log10(tflops)) / (self.top - self.bottom)
 
 
-def roofline_section(
-    kernels: Sequence[Kernel], ceilings: Ceilings | None, colors: Mapping[str, str], what: str
-) -> str:
-    """The whole section; "" where no ceiling or no kernel that computes is known.
+class Dot(NamedTuple):
+    """A kernel in one phase: what its tip says, and where it stands, as CSS."""
+
+    phase: str
+    facts: list[str]
+    style: str
+
+
+class Label(NamedTuple):
+    """Text on the picture, with its CSS class and place; `phase`: of the kernel that it names."""
+
+    kind: str
+    style: str
+    text: str
+    phase: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """What the section shows.
 
     Args:
-        colors: CSS colour of each phase.
-        what: what a dot stands for, such as "a kernel".
+        share: of the kernels' time, in dots.
+        beyond: whether a dot is above its roof.
+        grid, roofs: SVG path data.
     """
+
+    share: float
+    beyond: bool
+    grid: str
+    roofs: list[str]
+    dots: list[Dot]
+    labels: list[Label]
+
+
+def roofline(kernels: Sequence[Kernel], ceilings: Ceilings | None) -> Roofline | None:
+    """None where no ceiling or no kernel that computes is known."""
     drawn = [k for k in kernels if k.bytes and k.flops and k.tflop_s and k.roofline is not None]
     drawn = drawn[:_DOTS]
     if ceilings is None or not drawn:
-        return ""
+        return None
     axes = _axes(drawn, ceilings)
     largest = max(kernel.share for kernel in drawn)
-    dots = "".join(_dot(kernel, axes, largest, colors) for kernel in drawn)
-    share = percent(sum(kernel.share for kernel in drawn))
-    beyond = any((kernel.roofline or 0.0) > 1 for kernel in drawn)
-    note = (
-        f"A dot is {what} in one phase, its area its time. On the line it runs as fast as this "
-        "device can; left of the bend memory is the limit, right of it arithmetic. The dots are "
-        f"{share} of the time; copies and what has no known cost are not among them."
-        f"{' Above the line the data came out of a cache.' if beyond else ''}"
-    )
-    names, ticks = _names(drawn, axes, largest), _ticks(axes)
-    return (
-        f'<h2>Roofline</h2><figure><figcaption class="note">{note}</figcaption><div class="plot" '
-        f'id="roofline">{_roofs(axes, ceilings)}{dots}{names}{ticks}</div></figure>'
+    roofs, labels = _roofs(axes, ceilings)
+    return Roofline(
+        share=sum(kernel.share for kernel in drawn),
+        beyond=any((kernel.roofline or 0.0) > 1 for kernel in drawn),
+        grid=_grid(axes),
+        roofs=roofs,
+        dots=[_dot(kernel, axes, largest) for kernel in drawn],
+        labels=[*labels, *_names(drawn, axes, largest), *_ticks(axes)],
     )
 
 
@@ -84,15 +107,16 @@ def _axes(kernels: Sequence[Kernel], ceilings: Ceilings) -> _Axes:
     return _Axes(max(left, right - 8), right, bottom, top)
 
 
-def _roofs(axes: _Axes, ceilings: Ceilings) -> str:
-    grid = "".join(
-        f"M{1000 * (d - axes.left) / (axes.right - axes.left):.1f} 0v1000"
-        for d in range(axes.left, axes.right + 1)
-    ) + "".join(
-        f"M0 {1000 * (axes.top - d) / (axes.top - axes.bottom):.1f}h1000"
-        for d in range(axes.bottom, axes.top + 1)
-    )
-    lines, labels = "", ""
+def _grid(axes: _Axes) -> str:
+    columns = [(d - axes.left) / (axes.right - axes.left) for d in range(axes.left, axes.right + 1)]
+    rows = [(axes.top - d) / (axes.top - axes.bottom) for d in range(axes.bottom, axes.top + 1)]
+    lines = [f"M{1000 * at:.1f} 0v1000" for at in columns]
+    return "".join(lines + [f"M0 {1000 * at:.1f}h1000" for at in rows])
+
+
+def _roofs(axes: _Axes, ceilings: Ceilings) -> tuple[list[str], list[Label]]:
+    """Paths, and what is written on them."""
+    paths, labels = [], []
     halves = (True, False) if ceilings.bf16_tflops != ceilings.fp32_tflops else (False,)
     for half in halves:
         name, peak = ("bf16", ceilings.bf16_tflops) if half else ("fp32", ceilings.fp32_tflops)
@@ -102,26 +126,20 @@ def _roofs(axes: _Axes, ceilings: Ceilings) -> str:
             f"{1000 * axes.y(attainable_tflops(each, ceilings, half)):.1f}"
             for each in points
         )
-        lines += f'<path class="roof" d="M{path}"/>'
-        labels += (
-            f'<b class="roof-name" style="right:4px;top:{100 * axes.y(peak):.2f}%">'
-            f"{name} {amount(peak * 1e12, 'FLOP/s')}</b>"
-        )
+        paths.append(f"M{path}")
+        style = f"right:4px;top:{100 * axes.y(peak):.2f}%"
+        labels.append(Label("roof-name", style, f"{name} {amount(peak * 1e12, 'FLOP/s')}"))
     # Beside the middle of the slope, above it, where no dot can be.
     start = max(10.0**axes.left, 10.0**axes.bottom * 1e3 / ceilings.copy_gb_s)
     middle = math.sqrt(start * max(ridge(ceilings, half) for half in halves))
     height = middle * ceilings.copy_gb_s / 1e3
-    labels += (
-        f'<b class="roof-name slope" style="left:{100 * axes.x(middle):.2f}%;'
-        f'top:{100 * axes.y(height):.2f}%">memory {amount(ceilings.copy_gb_s * 1e9, "B/s")}</b>'
-    )
-    svg = '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
-    return f'{svg}<path class="grid" d="{grid}"/>{lines}</svg>{labels}'
+    style = f"left:{100 * axes.x(middle):.2f}%;top:{100 * axes.y(height):.2f}%"
+    memory = f"memory {amount(ceilings.copy_gb_s * 1e9, 'B/s')}"
+    return paths, [*labels, Label("roof-name slope", style, memory)]
 
 
-def _dot(kernel: Kernel, axes: _Axes, largest: float, colors: Mapping[str, str]) -> str:
+def _dot(kernel: Kernel, axes: _Axes, largest: float) -> Dot:
     x, y = _place(kernel, axes)
-    size = _size(kernel, largest)
     facts = [
         kernel.name,
         f"{kernel.phase}, {kernel.calls:,} calls, {duration(kernel.total_us)}",
@@ -129,12 +147,8 @@ def _dot(kernel: Kernel, axes: _Axes, largest: float, colors: Mapping[str, str])
         f"{amount(1e12 * (kernel.tflop_s or 0), 'FLOP/s')}, "
         f"{amount(1e9 * (kernel.gb_s or 0), 'B/s')}, {_intensity(kernel):.3g} FLOP/B",
     ]
-    tip = "&#10;".join(text(fact) for fact in facts)
-    return (
-        f'<i tabindex="0" data-phase="{text(kernel.phase)}" data-tip="{tip}" style="left:'
-        f"{100 * x:.2f}%;top:{100 * y:.2f}%;--size:{size:.1f}px;"
-        f'background:{colors[kernel.phase]}"></i>'
-    )
+    style = f"left:{100 * x:.2f}%;top:{100 * y:.2f}%;--size:{_size(kernel, largest):.1f}px"
+    return Dot(kernel.phase, facts, style)
 
 
 def _place(kernel: Kernel, axes: _Axes) -> tuple[float, float]:
@@ -148,10 +162,10 @@ def _size(kernel: Kernel, largest: float) -> float:
     return 7 + 37 * math.sqrt(kernel.share / largest) if largest else 7.0
 
 
-def _names(kernels: Sequence[Kernel], axes: _Axes, largest: float) -> str:
+def _names(kernels: Sequence[Kernel], axes: _Axes, largest: float) -> list[Label]:
     """Names of the longest kernels, as many as have room: some only on a wide screen."""
     narrow = _fitting(kernels, axes, 310, 300)
-    names = ""
+    names = []
     for index in _fitting(kernels, axes, 1000, 420):
         kernel = kernels[index]
         x, y = _place(kernel, axes)
@@ -159,11 +173,8 @@ def _names(kernels: Sequence[Kernel], axes: _Axes, largest: float) -> str:
         to_left = f"calc(-100% - {beside:.0f}px)"
         style = f"left:{100 * x:.2f}%;top:{100 * y:.2f}%;transform:translate("
         style += f"{to_left if x > 0.5 else f'{beside:.0f}px'},-50%)"
-        wide = "" if index in narrow else " wide"
-        names += (
-            f'<b class="dot-name{wide}" data-phase="{text(kernel.phase)}" style="{style}">'
-            f"{text(short_name(kernel.name))}</b>"
-        )
+        kind = "dot-name" if index in narrow else "dot-name wide"
+        names.append(Label(kind, style, short_name(kernel.name), kernel.phase))
     return names
 
 
@@ -187,17 +198,17 @@ def _fitting(kernels: Sequence[Kernel], axes: _Axes, width: float, height: float
     return chosen
 
 
-def _ticks(axes: _Axes) -> str:
-    labels = ""
+def _ticks(axes: _Axes) -> list[Label]:
+    labels = []
     for decade in range(axes.left, axes.right + 1):
         at = 100 * (decade - axes.left) / (axes.right - axes.left)
-        end = " end" if decade == axes.right else " start" if decade == axes.left else ""
+        kind = "x end" if decade == axes.right else "x start" if decade == axes.left else "x"
         value = _round(10.0**decade) if decade >= 3 else f"{10.0**decade:g}"
-        labels += f'<b class="x{end}" style="left:{at:.2f}%">{value}</b>'
+        labels.append(Label(kind, f"left:{at:.2f}%", value))
     for decade in range(axes.bottom, axes.top + 1):
         at = 100 * (axes.top - decade) / (axes.top - axes.bottom)
-        labels += f'<b class="y" style="top:{at:.2f}%">{_round(10.0 ** (decade + 12))}</b>'
-    return labels + '<b class="unit">FLOP/s</b><b class="unit-x">FLOP per byte</b>'
+        labels.append(Label("y", f"top:{at:.2f}%", _round(10.0 ** (decade + 12))))
+    return labels
 
 
 def _round(power_of_ten: float) -> str:

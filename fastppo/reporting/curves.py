@@ -1,4 +1,4 @@
-"""The curves of report.html: inline SVG stretched to the page's width, labels beside it in HTML.
+"""The curves of report.html: what page.html draws as inline SVG, with labels beside it in HTML.
 
 Long runs are drawn through the extremes of short stretches, which keeps the page small and hides no
 spike; the page's script reads the drawn points for its tooltip.
@@ -6,8 +6,8 @@ spike; the page's script reads the drawn points for its tooltip.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastppo.reporting.charts import (
@@ -17,11 +17,7 @@ from fastppo.reporting.charts import (
     nice_ticks,
     typical_range,
 )
-from fastppo.reporting.formatting import (
-    Value,
-    finite,
-)
-from fastppo.reporting.markup import minus, number, text
+from fastppo.reporting.formatting import Value, finite
 
 _SMALL = (
     # (row key, name, unit)
@@ -41,6 +37,31 @@ _SMALL = (
 )
 _HERO_BUCKETS, _SMALL_BUCKETS = 800, 250  # stretches of a long run; each is drawn by its extremes
 _CROWDED = 200  # iterations from which a small curve is drawn with its moving average
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One plot.
+
+    Args:
+        key: of the drawn points in `Curves.data`.
+        first, last: known values.
+        drawn, over: paths, as (CSS class, SVG path data); those of `over` may leave the frame.
+        y: labels, as (percent from the top, text).
+        x: labels, as (CSS class, percent from the left, text).
+        legend: what the lines are, as (CSS class, colour, text).
+    """
+
+    key: str
+    name: str
+    title: str
+    first: float
+    last: float
+    drawn: list[tuple[str, str]]
+    over: list[tuple[str, str]]
+    y: list[tuple[str, str]]
+    x: list[tuple[str, str, str]]
+    legend: list[tuple[str, str, str]]
 
 
 class Curves:
@@ -80,31 +101,25 @@ class Curves:
         known = [(x, y) for x, y in points if y is not None]
         self._series[key] = {"x": [x for x, _ in known], "y": [_rounded(y) for _, y in known]}
 
-    def data(self, evals: Sequence[tuple[int, float]]) -> str:
-        """What the page's script reads, as JSON that cannot end a script element."""
-        value = {
+    def data(self, evals: Sequence[tuple[int, float]]) -> dict[str, Any]:
+        """What the page's script reads."""
+        return {
             "from": self.first,
             "to": self.last,
             "series": self._series,
             "evals": {"x": [x for x, _ in evals], "y": [_rounded(y) for _, y in evals]},
         }
-        return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
-    def ticks(self) -> str:
+    def ticks(self) -> list[tuple[str, str, str]]:
         """Labels of the iteration axis: both ends, and round numbers clear of them."""
         span = self.last - self.first
         inner = [t for t in nice_ticks(self.first, self.last, 6) if t == int(t)]
         clear = [int(t) for t in inner if self.first + 0.09 * span < t < self.last - 0.09 * span]
-        labels = [f'<b class="x start" style="left:0">{self.first:,}</b>']
-        labels += [f'<b class="x" style="left:{self.x(t) / 10:.2f}%">{t:,}</b>' for t in clear]
-        return "".join(labels) + f'<b class="x end" style="left:100%">{self.last:,}</b>'
+        return [*self.ends(), *(("x", f"{self.x(t) / 10:.2f}", f"{t:,}") for t in clear)]
 
-    def ends(self) -> str:
+    def ends(self) -> list[tuple[str, str, str]]:
         """Labels of both ends of the iteration axis."""
-        return (
-            f'<b class="x start" style="left:0">{self.first:,}</b>'
-            f'<b class="x end" style="left:100%">{self.last:,}</b>'
-        )
+        return [("x start", "0", f"{self.first:,}"), ("x end", "100", f"{self.last:,}")]
 
 
 def smoothed(values: Sequence[Value]) -> tuple[list[float | None], int]:
@@ -113,14 +128,14 @@ def smoothed(values: Sequence[Value]) -> tuple[list[float | None], int]:
     return (moving_average(values, window), window) if len(values) >= 30 else ([], 1)
 
 
-def reward_section(
+def reward_curve(
     rows: Sequence[Mapping[str, Any]], evals: Sequence[tuple[int, float]], curves: Curves
-) -> str:
-    """The reward curve: every iteration, the moving average, and held-out evaluations."""
+) -> Curve | None:
+    """The reward: every iteration, the moving average, and held-out evaluations."""
     rewards = [row.get("reward") for row in rows]
     known = finite(rewards)
     if not known:
-        return '<h2>Reward</h2><p class="quiet">No iteration has been recorded yet.</p>'
+        return None
     iterations = [int(row["iteration"]) for row in rows]
     points = downsample(list(zip(iterations, _known(rewards), strict=True)), _HERO_BUCKETS)
     smooth, window = smoothed(rewards)
@@ -129,55 +144,40 @@ def reward_section(
     low, high = ticks[0], ticks[-1]
     curves.keep("reward", points)
 
-    grid = "".join(f"M0 {1000 * (high - t) / (high - low):.1f}h1000" for t in ticks)
-    drawn = f'<path class="grid" d="{grid}"/>'
-    drawn += f'<path class="{"raw" if smooth else ""}" d="{curves.path(points, low, high)}"/>'
-    key = '<span><i style="color:var(--line)"></i>sampled</span>'
+    drawn = [("grid", "".join(f"M0 {1000 * (high - t) / (high - low):.1f}h1000" for t in ticks))]
+    drawn.append(("raw" if smooth else "", curves.path(points, low, high)))
+    legend = [("", "faint" if smooth else "line", "sampled")]
     if smooth:
         line = downsample(list(zip(iterations, smooth, strict=True)), _HERO_BUCKETS)
-        drawn += f'<path d="{curves.path(line, low, high)}"/>'
-        key = (
-            '<span><i style="color:var(--faint)"></i>sampled</span>'
-            f'<span><i style="color:var(--line)"></i>mean of {window:,} iterations</span>'
-        )
-    over = f'<path class="dot" d="{curves.path(points, low, high)}"/>' if len(known) == 1 else ""
+        drawn.append(("", curves.path(line, low, high)))
+        legend.append(("", "line", f"mean of {window:,} iterations"))
+    over = [("dot", curves.path(points, low, high))] if len(known) == 1 else []
     if evals:
-        dots = "".join(curves.path([point], low, high) for point in evals)
-        over += f'<path class="eval" d="{dots}"/>'
-        key += '<span><i class="dot" style="color:var(--eval)"></i>held out, greedy</span>'
-    labels = "".join(
-        f'<b class="y" style="top:{100 * (high - t) / (high - low):.2f}%">{minus(s)}</b>'
-        for t, s in zip(ticks, format_ticks(ticks), strict=True)
-    )
-    return (
-        '<h2>Reward by iteration</h2><figure class="hero"><figcaption>'
-        f'<span class="key">{key}</span><span class="read"></span></figcaption>'
-        f'<div class="plot" data-key="reward" role="img" aria-label="Reward by iteration, '
-        f'{number(known[0])} at first, {number(known[-1])} at last">'
-        f"{_svg(drawn)}{_svg(over, 'over')}{labels}{curves.ticks()}</div></figure>"
-    )
+        over.append(("eval", "".join(curves.path([point], low, high) for point in evals)))
+        legend.append(("dot", "eval", "held out, greedy"))
+    name, x, y = "Reward by iteration", curves.ticks(), _heights(ticks)
+    return Curve("reward", name, "", known[0], known[-1], drawn, over, y, x, legend)
 
 
-def multiples_section(rows: Sequence[Mapping[str, Any]], curves: Curves) -> str:
-    """Small curves of the other metrics; one that was never recorded is left out."""
+def small_curves(rows: Sequence[Mapping[str, Any]], curves: Curves) -> list[Curve]:
+    """Curves of the other metrics; one that was never recorded is left out."""
     functions = sorted({key for row in rows for key in row if key.startswith("reward/")})
     names = [
         (key, key.removeprefix("reward/"), "reward function")
         for key in functions
         if len(functions) > 1
     ]
-    charts = [_small(key, name, unit, rows, curves) for key, name, unit in (*names, *_SMALL)]
-    drawn = "".join(charts)
-    return f'<h2>Training metrics</h2><div class="small">{drawn}</div>' if drawn else ""
+    found = [_small(key, name, unit, rows, curves) for key, name, unit in (*names, *_SMALL)]
+    return [curve for curve in found if curve is not None]
 
 
 def _small(
     key: str, name: str, unit: str, rows: Sequence[Mapping[str, Any]], curves: Curves
-) -> str:
+) -> Curve | None:
     values = _known([row.get(key) for row in rows])
     known = finite(values)
     if not known or (key == "kl_coef" and min(known) == max(known)):
-        return ""
+        return None
     full = [(int(row["iteration"]), value) for row, value in zip(rows, values, strict=True)]
     points = downsample(full, _SMALL_BUCKETS)
     near_low, near_high = typical_range(known)
@@ -186,32 +186,24 @@ def _small(
     outside = sum(not low <= v <= high for v in known)
     curves.keep(key, points)
     kind = "dot" if len(known) == 1 else "raw" if len(values) > _CROWDED else ""
-    path = f'<path class="{kind}" d="{curves.path(points, low, high)}"/>'
+    drawn = [(kind, curves.path(points, low, high))]
     if kind == "raw":
-        smooth = zip([x for x, _ in full], smoothed(values)[0], strict=True)
-        path += f'<path d="{curves.path(downsample(list(smooth), _SMALL_BUCKETS), low, high)}"/>'
+        smooth = list(zip([x for x, _ in full], smoothed(values)[0], strict=True))
+        drawn.append(("", curves.path(downsample(smooth, _SMALL_BUCKETS), low, high)))
     if low < 0 < high:
-        path = f'<path class="zero" d="M0 {1000 * high / (high - low):.1f}h1000"/>' + path
-    labels = "".join(
-        f'<b class="y" style="top:{100 * (high - t) / (high - low):.2f}%">{minus(s)}</b>'
-        for t, s in zip(ticks, format_ticks(ticks), strict=True)
-    )
-    if outside:
-        labels += f'<b class="x" style="left:50%">{outside} off scale</b>'
+        drawn.insert(0, ("zero", f"M0 {1000 * high / (high - low):.1f}h1000"))
+    drawn, over = ([], drawn) if kind == "dot" else (drawn, [])
+    x = curves.ends() + ([("x", "50", f"{outside} off scale")] if outside else [])
     title = f"{key}: {unit}" if unit else key
-    return (
-        f'<figure><figcaption title="{text(title)}"><span>{text(name)}</span>'
-        f'<span class="read">{number(known[-1])}</span></figcaption>'
-        f'<div class="plot" data-key="{text(key)}" role="img" aria-label="{text(name)}, '
-        f'{number(known[0])} at first, {number(known[-1])} at last">'
-        f"{_svg(path, 'over' if kind == 'dot' else '')}{labels}{curves.ends()}</div></figure>"
-    )
+    return Curve(key, name, title, known[0], known[-1], drawn, over, _heights(ticks), x, [])
 
 
-def _svg(content: str, kind: str = "") -> str:
-    attribute = f' class="{kind}"' if kind else ""
-    box = 'viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true"'
-    return f"<svg{attribute} {box}>{content}</svg>"
+def _heights(ticks: Sequence[float]) -> list[tuple[str, str]]:
+    low, high = ticks[0], ticks[-1]
+    return [
+        (f"{100 * (high - t) / (high - low):.2f}", label)
+        for t, label in zip(ticks, format_ticks(ticks), strict=True)
+    ]
 
 
 def _known(values: Sequence[Value]) -> list[float | None]:

@@ -4,29 +4,22 @@ A pure function of the run directory's files: metrics.jsonl, and where present s
 config.json and summary.json. No resource is loaded from anywhere (the page's own policy forbids
 it). Curves are inline SVG stretched to the page's width, with their labels beside them in HTML, so
 that text keeps its size from a telephone to a wide screen. Long runs are drawn through the extremes
-of short stretches, which keeps the page small and hides no spike. The page's markup, style and
-script are in page.html.
+of short stretches, which keeps the page small and hides no spike. Markup, style and script are in
+base.html and page.html.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fastppo.reporting.curves import Curves, multiples_section, reward_section, smoothed
+from fastppo.reporting.curves import Curves, reward_curve, small_curves, smoothed
 from fastppo.reporting.formatting import finite
-from fastppo.reporting.markup import text
-from fastppo.reporting.sections import (
-    configuration_section,
-    figures,
-    phases_section,
-    samples_section,
-)
+from fastppo.reporting.markup import write_page
+from fastppo.reporting.sections import configuration, figures, phases, samples
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -44,24 +37,23 @@ def write_report(run_dir: str | Path) -> Path:
     model = Path(str(config.get("model") or summary.get("model_name") or "")).name or name
     evals = _evaluations(rows, summary)
     curves = Curves([int(row["iteration"]) for row in rows] + [x for x, _ in evals])
-    about = [f"run {name}", summary.get("hardware")]
-    parts = {
-        "title": text(f"{model} · {name}"),
-        "heading": text(model),
-        "about": text(" · ".join(str(part) for part in about if part)),
-        "figures": figures(rows, summary),
-        "reward": reward_section(rows, evals, curves),
-        "multiples": multiples_section(rows, curves),
-        "phases": phases_section(rows),
-        "samples": _samples(run_dir / "samples.jsonl"),
-        "config": configuration_section(config),
-        "data": curves.data(evals),
-    }
-    page = files("fastppo.reporting").joinpath("page.html").read_text(encoding="utf-8")
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page)
-    path, unfinished = run_dir / "report.html", run_dir / "report.html.part"
-    unfinished.write_bytes(page.encode("utf-8", "backslashreplace"))
-    unfinished.replace(path)
+    reward = reward_curve(rows, evals, curves)
+    multiples = small_curves(rows, curves)
+    path = run_dir / "report.html"
+    write_page(
+        path,
+        "reporting/page.html",
+        title=f"{model} · {name}",
+        heading=model,
+        about=[f"run {name}", summary.get("hardware")],
+        figures=figures(rows, summary),
+        reward=reward,
+        multiples=multiples,
+        phases=phases(rows),
+        samples=_samples(run_dir / "samples.jsonl"),
+        config=configuration(config),
+        data=curves.data(evals),
+    )
     return path
 
 
@@ -171,5 +163,5 @@ def _evaluations(
     return sorted(found.items())
 
 
-def _samples(path: Path) -> str:
-    return samples_section(lambda: read_lines(path)) if path.exists() else ""
+def _samples(path: Path) -> dict[int, list[dict[str, Any]]]:
+    return samples(lambda: read_lines(path)) if path.exists() else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -73,7 +74,7 @@ def test_a_forked_process_does_not_keep_it(tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
             process.wait(20)
             os.kill(child, 0)  # alive
-            lock_run_dir(tmp_path).release()
+            lock_run_dir(tmp_path).lock.release()
         finally:
             os.kill(child, signal.SIGKILL)
 
@@ -86,7 +87,7 @@ if os.fork() == 0:
             {LOCK}
         except ValueError as error:
             print(error, flush=True)
-        lock.release()
+        lock.lock.release()
     os._exit(0)
 os.wait()
 """
@@ -108,18 +109,67 @@ def test_twice_in_one_process(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is in use by this process. Wait"):
             lock_run_dir(path)
     with lock_run_dir(tmp_path / "other"):
-        lock.release()
-        lock.release()
+        lock.lock.release()
+        lock.lock.release()
     with lock_run_dir(run_dir), pytest.raises(ValueError, match="this process"):
         lock_run_dir(run_dir)
-    lock_run_dir(run_dir).release()
+    lock_run_dir(run_dir).lock.release()
     assert os.listdir(run_dir) == [".lock"]
 
 
 def test_a_lock_is_released_on_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError), lock_run_dir(tmp_path):
         raise KeyError
-    lock_run_dir(tmp_path).release()
+    lock_run_dir(tmp_path).lock.release()
+
+
+# What .lock may be besides a file of the run's own: other people write to shared folders.
+
+
+def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".lock")
+    program = PROGRAM.format(body=LOCK)
+    command = [sys.executable, "-W", "ignore", "-c", program, tmp_path]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert done.returncode == 1 and f"{tmp_path}/.lock".encode() in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_refused_and_what_it_leads_to_is_left_alone(tmp_path: Path, exists: bool) -> None:
+    other = tmp_path / "other"
+    if exists:
+        other.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(other)
+    before = os.listdir("/dev/fd")
+    with pytest.raises(ValueError, match=f"{tmp_path}/run/.lock is not the lock of a run"):
+        lock_run_dir(tmp_path / "run")
+    assert len(os.listdir("/dev/fd")) == len(before)
+    assert (other.read_text() == "precious") if exists else not other.exists()
+
+
+def test_a_hard_link_to_another_file_leaves_that_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("precious")
+    (tmp_path / "run").mkdir()
+    os.link(tmp_path / "other", tmp_path / "run/.lock")
+    with pytest.raises(ValueError, match="is not the lock of a run"):
+        lock_run_dir(tmp_path / "run")
+    assert (tmp_path / "other").read_text() == "precious"
+
+
+def test_a_copy_of_a_run_by_hard_links_does_not_give_its_lock_away(tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    lock_run_dir(run).lock.release()
+    copy.mkdir()
+    os.link(run / ".lock", copy / ".lock")  # cp -al
+    with running(run, LOCK) as (process, _):
+        with contextlib.suppress(OSError, ValueError):
+            lock_run_dir(copy).lock.release()
+        with pytest.raises(ValueError, match=f"in use by process {process.pid} on"):
+            lock_run_dir(run)
+    both = f"{LOCK}\ntry: lock_run_dir(Path({str(copy)!r})).lock.release()\nexcept Exception: pass"
+    with running(run, both), pytest.raises(ValueError, match="in use by process"):
+        lock_run_dir(run)
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +178,8 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     before = os.listdir("/dev/fd")
     with monkeypatch.context() as broken:
-        broken.setattr(fcntl, "lockf", no_locks)
+        broken.setattr(fcntl, "flock", no_locks)
         with pytest.raises(OSError, match=f"No locks available: '{tmp_path}/.lock'"):
             lock_run_dir(tmp_path)
     assert len(os.listdir("/dev/fd")) == len(before)
-    lock_run_dir(tmp_path).release()
+    lock_run_dir(tmp_path).lock.release()
