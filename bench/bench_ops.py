@@ -18,9 +18,10 @@ import torch
 from fastppo.benchmarks.check import Judge
 from fastppo.benchmarks.clock import Timer, steady_allocator
 from fastppo.benchmarks.machine import find_versions
-from fastppo.benchmarks.registry import Case, Inputs, Size
+from fastppo.benchmarks.registry import Benchmark
 from fastppo.benchmarks.results import Row
 from fastppo.benchmarks.run import IMPOSSIBLE, Roof, copy_of_as_many_bytes
+from fastppo.profiling.case import Inputs, Size
 from fastppo.profiling.ceilings import synchronize
 from fastppo.training.device import describe, resolve_device
 
@@ -47,7 +48,7 @@ def device_and_roof() -> tuple[torch.device, Roof]:
 
 
 @functools.lru_cache(maxsize=1)  # benchmarks of a group follow each other
-def inputs_and_judge(case: Case, size: Size) -> tuple[Inputs, Judge, float]:
+def inputs_and_judge(case: Benchmark, size: Size) -> tuple[Inputs, Judge, float]:
     """With seconds of a copy of as many bytes; the baseline has been judged."""
     device, _ = device_and_roof()
     inputs = case.inputs(size, device, 0)
@@ -60,7 +61,7 @@ def inputs_and_judge(case: Case, size: Size) -> tuple[Inputs, Judge, float]:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile's own
-def test_op(benchmark: Any, case: Case, size: Size, name: str) -> None:
+def test_op(benchmark: Any, case: Benchmark, size: Size, name: str) -> None:
     device, roof = device_and_roof()
     provider = case.providers[name]
     if (reason := provider.missing(device)) is not None:
@@ -79,7 +80,7 @@ def test_op(benchmark: Any, case: Case, size: Size, name: str) -> None:
     benchmark.group = f"{case.name}, {size.text}"
     benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=1)
 
-    half = size.dtype == torch.bfloat16
+    half = size.half
     row = Row(
         case=case.name,
         size=size.text,

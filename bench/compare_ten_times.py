@@ -21,11 +21,12 @@ from typing import Literal
 import tyro
 
 from fastppo.benchmarks.compare import compare, drift, noise
-from fastppo.benchmarks.registry import Call, Case, Inputs, Outputs, Provider, Size, select_cases
+from fastppo.benchmarks.registry import Benchmark, Provider, select_cases
 from fastppo.benchmarks.results import Result, Row
 from fastppo.benchmarks.session import run_cases
 from fastppo.benchmarks.tables import OURS
 from fastppo.cli.bench import BUDGET, PASSES
+from fastppo.profiling.case import Call, Inputs, Outputs, Size
 from fastppo.training.device import resolve_device
 
 SMALL, LARGE = 1.3, 2.0
@@ -57,7 +58,7 @@ def measure_elsewhere(names: Sequence[str], sizes: str, slow: str = "") -> Resul
         return pool.submit(measure, names, sizes, slow).result()
 
 
-def spoilt(case: Case) -> Case:
+def spoilt(case: Benchmark) -> Benchmark:
     """Its fastppo does the same work two times."""
 
     def prepare(x: Inputs, size: Size) -> Call:

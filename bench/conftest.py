@@ -10,10 +10,10 @@ import argparse
 
 import pytest
 
-from fastppo.benchmarks.registry import Case, select_cases
+from fastppo.benchmarks.registry import Benchmark, select_cases
 
 
-def chosen(names: str) -> list[Case]:
+def chosen(names: str) -> list[Benchmark]:
     """Cases from names separated by commas."""
     try:
         return select_cases([name for name in names.split(",") if name])

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.benchmarks.registry import Case, Inputs, Outputs, Size, in_float64
+from fastppo.benchmarks.registry import Benchmark, in_float64
+from fastppo.profiling.case import Inputs, Outputs, Size
 
 HAIR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3}
 BASELINE_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -36,7 +37,7 @@ class Judge:
         case, size, inputs: of it; the baseline's answer is to be checked first.
     """
 
-    def __init__(self, case: Case, size: Size, inputs: Inputs) -> None:
+    def __init__(self, case: Benchmark, size: Size, inputs: Inputs) -> None:
         self._case, self._size, self._inputs = case, size, inputs
         self._expected = self._counted(case.reference(in_float64(inputs), size))
         self._baseline: float | None = None

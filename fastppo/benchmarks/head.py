@@ -1,4 +1,4 @@
-"""What the cases of the language-model head share: inputs, plain torch, and float64 by parts.
+"""What the cases of the language-model head share: plain torch, and float64 by parts.
 
 Shapes: N rows (tokens) in B sequences of equal length, H hidden, V vocabulary.
 """
@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.benchmarks.registry import Call, Inputs, Outputs, Size
+from fastppo.profiling.case import Inputs, Outputs, Prepare
 
-Prepare = Callable[[Inputs, Size], Call]
-LOGIT_STD = 2.5  # an entropy of about 7.7 nats at V = 50,000, log-probabilities down to −20
 _PART_BYTES = 1 << 30  # of one float64 [rows, V] array of the reference
 
 
@@ -29,22 +27,6 @@ def logprobs_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def linear_logprobs_of(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The same of hidden · weightᵀ; the logits are kept for the backward pass."""
     return logprobs_of(torch.nn.functional.linear(hidden, weight), targets)
-
-
-def head_inputs(size: Size, device: torch.device, seed: int) -> dict[str, Tensor]:
-    """hidden (N, H) and weight (V, H), such that logits have the spread of a model's, and targets.
-
-    The entries of hidden are of size 1, as after a norm.
-    """
-    n, h, v = size["N"], size["H"], size["V"]
-    rng = torch.Generator(device).manual_seed(seed)
-    hidden = torch.randn(n, h, generator=rng, device=device)
-    weight = torch.randn(v, h, generator=rng, device=device).mul_(LOGIT_STD / h**0.5)
-    return {
-        "hidden": hidden.to(size.dtype),
-        "weight": weight.to(size.dtype),
-        "targets": torch.randint(v, (n,), generator=rng, device=device),
-    }
 
 
 def part_slices(rows: int, vocab: int) -> list[slice]:

@@ -1,7 +1,7 @@
-"""What a benchmark is: a case, its sizes, and the providers that compute the same thing.
+"""What a benchmark is: a case or something larger, and the providers that compute the same thing.
 
-A file in fastppo/benchmarks/cases defines `CASES`, a tuple of `Case`; that is all it takes to be
-found. The smallest complete one is cases/gae.py.
+A file in fastppo/benchmarks/cases defines `BENCHMARKS`, a tuple of `Benchmark`; that is all that it
+takes to be found. The smallest complete one is cases/gae_classic.py.
 """
 
 from __future__ import annotations
@@ -12,41 +12,11 @@ import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-Inputs = Mapping[str, Tensor]
-Outputs = Mapping[str, Tensor]
-Call = Callable[[], Outputs]
-"""One call of a provider, ready to be timed: its results by name, gradients among them."""
-
-SIZE_NAMES = ("smoke", "cpu", "gpu")
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
-
-
-class Size:
-    """How much a case gets to do: numbers by letter, and the dtype of its matrices."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, **numbers: int) -> None:
-        self.dtype, self.numbers = dtype, numbers
-
-    def __getitem__(self, letter: str) -> int:
-        return self.numbers[letter]
-
-    @property
-    def text(self) -> str:
-        """Such as "N=8192 V=151936 bf16"; rows of two results are matched by it."""
-        numbers = [f"{letter}={number}" for letter, number in self.numbers.items()]
-        return " ".join([*numbers, _DTYPES[self.dtype]])
-
-
-class Count(NamedTuple):
-    """Bytes or operations of one call: the formula as people read it, and as a function."""
-
-    formula: str
-    of: Callable[[Size], float]
+from fastppo.profiling.case import SIZE_NAMES, Case, Count, Inputs, Outputs, Prepare, Size, passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +35,7 @@ class Provider:
         note: what a reader of the table should know.
     """
 
-    prepare: Callable[[Inputs, Size], Call]
+    prepare: Prepare
     needs: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     omits: Mapping[str, str] = field(default_factory=dict)
@@ -84,13 +54,12 @@ class Provider:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Case:
-    """Something worth timing.
+class Benchmark:
+    """Something worth timing: an op's case, or more than one op does, with who computes it.
 
     Args:
         name: such as "gae".
-        sizes: by name: smoke (milliseconds, for tests), cpu, gpu.
-        inputs: (size, device, seed) → tensors by name. Equal seeds give equal inputs.
+        sizes, inputs: as of a case.
         reference: the right answer, from inputs whose floating tensors are float64.
         providers: by name.
         baseline: name of the provider in plain torch, in the same dtype, whose error against the
@@ -99,7 +68,7 @@ class Case:
         launch_bound: on CUDA a call is so short that it is timed as a CUDA graph.
         counted: (outputs, inputs) → the part of the outputs that is compared, where some of
             it means nothing, such as what stands at masked tokens. None: all.
-        axis: of a scaling case, the letter of Size that grows; None: no scaling.
+        axis: of a scaling benchmark, the letter of Size that grows; None: no scaling.
     """
 
     name: str
@@ -120,36 +89,35 @@ class Case:
         if unknown := set(self.sizes) - set(SIZE_NAMES):
             raise ValueError(f"{self.name}: expected sizes {SIZE_NAMES}, got {sorted(unknown)}")
 
+    @classmethod
+    def of(cls, case: Case, *, forward: bool = False, **rest: Any) -> Benchmark:
+        """Of a case, with its gradients, or of its forward pass, which has a name of its own."""
+        work = case.forward if forward else case.both or case.forward
+        return cls(
+            name=f"{case.name}_forward" if forward else case.name,
+            sizes=case.sizes,
+            inputs=case.inputs,
+            bytes=work.bytes,
+            flops=work.flops,
+            **rest,
+        )
+
+
+def forward_only(prepare: Prepare) -> Prepare:
+    """Without gradients."""
+    return lambda x, size: torch.no_grad()(prepare(x, size))
+
 
 def forward_backward(
-    function: Callable[[Inputs, Size], Outputs],
-    leaves: Sequence[str],
-    upstream: Mapping[str, str] | None = None,
-) -> Callable[[Inputs, Size], Call]:
-    """A `prepare` that runs a function and differentiates it.
+    prepare: Prepare, leaves: Sequence[str], upstream: Mapping[str, str] | None = None
+) -> Prepare:
+    """With gradients; `passes` in profiling/case.py says how."""
+    return lambda x, size: passes(prepare, leaves, upstream or {}, x, size).run
 
-    Args:
-        function: results by name from inputs.
-        leaves: inputs that get a gradient, which is returned as "grad NAME".
-        upstream: results that are differentiated, each with the input that holds the gradient
-            coming in. None: the result "loss", with gradient 1.
-    """
 
-    def prepare(inputs: Inputs, size: Size) -> Call:
-        own = dict(inputs) | {name: inputs[name].detach().requires_grad_() for name in leaves}
-        targets = [own[name] for name in leaves]
-
-        def call() -> Outputs:
-            outputs = function(own, size)
-            roots = [outputs[name] for name in upstream or ("loss",)]
-            incoming = [own[name] for name in upstream.values()] if upstream else None
-            grads = torch.autograd.grad(roots, targets, incoming)
-            found = {name: x.detach() for name, x in outputs.items()}
-            return found | {f"grad {n}": g for n, g in zip(leaves, grads, strict=True)}
-
-        return call
-
-    return prepare
+def each_call(function: Callable[[Inputs, Size], Outputs]) -> Prepare:
+    """A function of inputs as a `prepare` that prepares nothing."""
+    return lambda x, size: lambda: function(x, size)
 
 
 def in_float64(inputs: Inputs) -> Inputs:
@@ -157,20 +125,20 @@ def in_float64(inputs: Inputs) -> Inputs:
     return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
-def all_cases() -> dict[str, Case]:
+def all_cases() -> dict[str, Benchmark]:
     """Every case by name, in the order of the files' names."""
     from fastppo.benchmarks import cases
 
-    found: dict[str, Case] = {}
+    found: dict[str, Benchmark] = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(cases.__path__)):
-        for case in importlib.import_module(f"{cases.__name__}.{module}").CASES:
+        for case in importlib.import_module(f"{cases.__name__}.{module}").BENCHMARKS:
             if case.name in found:
                 raise ValueError(f"two cases are named {case.name!r}")
             found[case.name] = case
     return found
 
 
-def select_cases(names: Sequence[str]) -> list[Case]:
+def select_cases(names: Sequence[str]) -> list[Benchmark]:
     """Cases by name; all of them for no name.
 
     Raises:

@@ -16,8 +16,9 @@ import torch
 
 from fastppo.benchmarks.check import Judge, WrongAnswerError
 from fastppo.benchmarks.clock import Timer, peak_memory, rotated_sets, take_turns
-from fastppo.benchmarks.registry import Call, Case, Inputs, Outputs, Size
+from fastppo.benchmarks.registry import Benchmark
 from fastppo.benchmarks.results import Row, Status
+from fastppo.profiling.case import Call, Inputs, Outputs, Size
 from fastppo.profiling.ceilings import measure_ceilings
 from fastppo.profiling.meta import Ceilings
 from fastppo.profiling.roofline import peak_tflops
@@ -74,7 +75,7 @@ class Cell:
         finished: another pass is not wanted.
     """
 
-    def __init__(self, case: Case, size: Size, roof: Roof, seed: int = 0) -> None:
+    def __init__(self, case: Benchmark, size: Size, roof: Roof, seed: int = 0) -> None:
         self.case, self.size = case, size
         self._roof, self._device, self._seed = roof, roof.device, seed
         self._blank = Row(
@@ -183,7 +184,7 @@ class Cell:
         self._rows[name] = row
 
     def _rows_with_floors(self) -> list[Row]:
-        half = self.size.dtype == torch.bfloat16
+        half = self.size.half
         rows = [*(self._rows[name] for name in self.case.providers), self._copy]
         copy_seconds = min(self._copy.seconds)
         finished = [_with_floor(row, self._roof, half, copy_seconds) for row in rows]

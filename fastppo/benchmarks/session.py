@@ -14,7 +14,7 @@ import torch
 
 from fastppo.benchmarks.clock import steady_allocator
 from fastppo.benchmarks.machine import describe_machine, find_versions, source_state
-from fastppo.benchmarks.registry import Case
+from fastppo.benchmarks.registry import Benchmark
 from fastppo.benchmarks.results import Result, Row
 from fastppo.benchmarks.run import Cell, Roof
 from fastppo.benchmarks.tables import seconds_text
@@ -22,7 +22,7 @@ from fastppo.training.memory import free_memory
 
 
 def run_cases(
-    cases: Sequence[Case],
+    cases: Sequence[Benchmark],
     sizes: str,
     device: torch.device,
     *,

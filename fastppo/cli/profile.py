@@ -22,7 +22,7 @@ from fastppo.ppo.config import TrainConfig
 
 if TYPE_CHECKING:
     from fastppo.profiling.meta import Ceilings
-    from fastppo.profiling.op_profile import Case, Timing
+    from fastppo.profiling.op_profile import Timing
 
 COLUMNS = ("registers", "spills", "shared_bytes", "loads", "wide_loads", "wide_stores", "barriers")
 
@@ -80,8 +80,8 @@ def profile_op(
 
     Args:
         name: such as gae or linear_ppo_loss; a wrong name lists them all.
-        size: smoke, cpu or gpu, or numbers such as N=8192,V=32000 (N tokens, B sequences, H hidden
-            size, V vocabulary). Not set: gpu on CUDA, else cpu.
+        size: smoke, cpu or gpu, or numbers such as N=8192,V=32000 (N tokens, B sequences of T each,
+            H hidden size, V vocabulary). Not set: gpu on CUDA, else cpu.
         device: cuda, cuda:1, cpu; auto: cuda where there is one.
         precision: of matrices. auto: bf16 where it is fast.
         output_dir: folder of the profile, new or empty. Not set: profiles/<date>-<time>.
@@ -93,15 +93,15 @@ def profile_op(
     from fastppo.profiling import op_profile
 
     console = Console()
-    case = op_profile.make_case(name, size, device, precision)
+    ready = op_profile.make_ready(name, size, device, precision)
     folder = _new_folder(output_dir)
     if ncu:
-        console.print(f"written to {op_profile.run_under_ncu(case, folder)}")
+        console.print(f"written to {op_profile.run_under_ncu(ready, folder)}")
         return
     _quiet_kineto()
-    timings = op_profile.profile_op(case, folder)
+    timings = op_profile.profile_op(ready, folder)
     ceilings = _report(folder, console)
-    console.print(_op_table(case, timings, ceilings))
+    console.print(_op_table(ready.text, timings, ceilings))
 
 
 def print_aot(aot: bool = True, target: str = "") -> None:
@@ -154,11 +154,8 @@ def _report(folder: Path, console: Console) -> Ceilings | None:
     return analysis.meta.ceilings
 
 
-def _op_table(case: Case, timings: Sequence[Timing], ceilings: Ceilings | None) -> Table:
-    dtype = str(case.dtype).removeprefix("torch.")
-    table = Table(
-        f"{case.name} {case.text}, {dtype}", "µs", "MB", "GFLOP", "GB/s", "TFLOP/s", "roofline"
-    )
+def _op_table(title: str, timings: Sequence[Timing], ceilings: Ceilings | None) -> Table:
+    table = Table("", "µs", "MB", "GFLOP", "GB/s", "TFLOP/s", "roofline", title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     for timing in timings:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastppo.profiling.calls import Call, device_calls, launches, operator_calls
+from fastppo.profiling.calls import Recorded, device_calls, launches, operator_calls
 from fastppo.profiling.meta import Ceilings, Meta, Sync
 from fastppo.profiling.phases import OTHER, PhaseMap, thread_of
 from fastppo.profiling.roofline import floor_us
@@ -168,8 +168,8 @@ def _phases(phases: PhaseMap, traced_us: float, busy: Sequence[Interval]) -> tup
     return tuple(rows)
 
 
-def _kernels(calls: Sequence[Call], ceilings: Ceilings | None) -> tuple[Kernel, ...]:
-    groups: dict[tuple[str, str], list[Call]] = defaultdict(list)
+def _kernels(calls: Sequence[Recorded], ceilings: Ceilings | None) -> tuple[Kernel, ...]:
+    groups: dict[tuple[str, str], list[Recorded]] = defaultdict(list)
     for call in calls:
         groups[call.phase, call.name].append(call)
     everything = sum(call.time_us for call in calls)
@@ -177,7 +177,7 @@ def _kernels(calls: Sequence[Call], ceilings: Ceilings | None) -> tuple[Kernel, 
     return tuple(sorted(rows, key=lambda row: (-row.total_us, row.phase, row.name)))
 
 
-def _kernel(calls: Sequence[Call], everything: float, ceilings: Ceilings | None) -> Kernel:
+def _kernel(calls: Sequence[Recorded], everything: float, ceilings: Ceilings | None) -> Kernel:
     total = sum(call.time_us for call in calls)
     costed = [(call.time_us, call.cost) for call in calls if call.cost is not None]
     time = sum(us for us, _ in costed)
@@ -210,7 +210,7 @@ def _kernel(calls: Sequence[Call], everything: float, ceilings: Ceilings | None)
     )
 
 
-def _occupancy(calls: Sequence[Call]) -> float | None:
+def _occupancy(calls: Sequence[Recorded]) -> float | None:
     """Mean over the time of the calls for which the trace has it."""
     key = "est. achieved occupancy %"
     known = [(call.time_us, _number(call.args, key)) for call in calls]

@@ -21,8 +21,8 @@ from fastppo.profiling.trace import API_CALLS, ON_DEVICE, Span, Trace
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One call.
+class Recorded:
+    """One call in a trace.
 
     Args:
         time_us: what it took by itself.
@@ -48,7 +48,7 @@ def launches(trace: Trace) -> dict[int, Span]:
     return found
 
 
-def device_calls(trace: Trace, meta: Meta, phases: PhaseMap) -> list[Call]:
+def device_calls(trace: Trace, meta: Meta, phases: PhaseMap) -> list[Recorded]:
     """What ran on the GPU and was launched within the steps."""
     launched = launches(trace)
     costs = _launched_costs(trace, meta)
@@ -62,12 +62,12 @@ def device_calls(trace: Trace, meta: Meta, phases: PhaseMap) -> list[Call]:
             phase = phases.phase(thread_of(launch or span), when)
             bus = span.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))
             calls.append(
-                Call(phase, span.name, span.duration, costs.get(index), not bus, span.args)
+                Recorded(phase, span.name, span.duration, costs.get(index), not bus, span.args)
             )
     return calls
 
 
-def operator_calls(trace: Trace, meta: Meta, phases: PhaseMap) -> list[Call]:
+def operator_calls(trace: Trace, meta: Meta, phases: PhaseMap) -> list[Recorded]:
     """Operators that ran on the CPU within the steps, each without those it called."""
     by_thread: dict[Thread, list[Span]] = defaultdict(list)
     for span in trace.spans:
@@ -79,7 +79,7 @@ def operator_calls(trace: Trace, meta: Meta, phases: PhaseMap) -> list[Call]:
         _keep_innermost(spans, costs)
         for span, time, cost in zip(spans, own_times(spans), costs, strict=True):
             phase = phases.phase(thread, span.start)
-            calls.append(Call(phase, span.name, time, cost, True, span.args))
+            calls.append(Recorded(phase, span.name, time, cost, True, span.args))
     return calls
 
 

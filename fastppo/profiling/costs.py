@@ -2,8 +2,8 @@
 
 Bytes: every tensor read or written once, with the elements it has in memory (an expanded dimension
 counts once). Operations: 2 per multiply-add of a product; pointwise operators and reductions 1 per
-element, softmax 5, norms 8; copies none. What cannot be known from shapes (lists of indices, varlen
-attention) has no cost.
+element, softmax 5, norms 8; copies none. fastppo's own ops have the formulas of their cases
+(op_cases.py). What cannot be known from shapes (lists of indices, varlen attention) has no cost.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastppo.profiling.case import Work, evaluate
 from fastppo.profiling.meta import Cost
+from fastppo.profiling.op_cases import CASES
 from fastppo.profiling.trace import Span
 
 ITEM_SIZES = {
@@ -178,16 +180,6 @@ def _rows(flops: int) -> _Rule:
     return rule
 
 
-def _scan(flops: int) -> _Rule:
-    """Reads its tensors and writes two as large as the first: fastppo's scans over tokens."""
-
-    def rule(arguments: _Arguments, _: Sequence[Any]) -> Cost:
-        x = arguments[0]
-        return _cost(flops * x.numel, *_present(arguments), written=2 * x.numel * x.item)
-
-    return rule
-
-
 def _gather(arguments: _Arguments, _: Sequence[Any]) -> Cost:
     source, index = arguments[0], arguments[2]
     return _cost(0, index, written=2 * index.numel * source.item)
@@ -223,13 +215,22 @@ def _adamw(arguments: _Arguments, _: Sequence[Any]) -> Cost:
     return _cost(15 * sum(t.numel for t in params), *tensors, written=written)
 
 
-def _logits(writes: bool) -> _Rule:
-    """fastppo's kernels over rows of logits: one read, and one write of the gradient."""
+def _op(name: str, letters: str, part: str = "forward", inputs: int | None = None) -> _Rule:
+    """One of fastppo's, by the formulas of its case; the tensors that it reads are in the trace.
 
-    def rule(arguments: _Arguments, concrete: Sequence[Any]) -> Cost:
+    Args:
+        name: of the case.
+        letters: of the dimensions of its first tensor; tokens in B sequences are those of one.
+        part: forward or backward.
+        inputs: how many arguments are; None: all.
+    """
+    work: Work = getattr(CASES[name], part)
+
+    def rule(arguments: _Arguments, _: Sequence[Any]) -> Cost:
         x = arguments[0]
-        flops = 15 * x.numel if writes else 8 * x.numel
-        return _cost(flops, *_present(arguments[:7]), written=x.bytes if writes else 0)
+        size = {"B": 1, "itemsize": x.item, **dict(zip(letters, x.dims, strict=True))}
+        written, flops = (evaluate(formula, size) for formula in (work.writes, work.operations))
+        return _cost(flops, *_present(arguments[:inputs]), written=written)
 
     return rule
 
@@ -291,10 +292,10 @@ RULES: Mapping[str, _Rule] = {
     "aten::gather": _gather,
     "aten::embedding": _embedding,
     "aten::embedding_dense_backward": _embedding_backward,
-    "fastppo::token_logprobs_fwd": _logits(False),
-    "fastppo::token_logprobs_bwd_out": _logits(True),
-    "fastppo::token_logprobs_bwd_": _logits(True),
-    **dict.fromkeys(("fastppo::gae", "fastppo::gae_classic"), _scan(12)),
-    "fastppo::ppo_loss": _scan(80),
-    "fastppo::value_loss": _rows(20),
+    "fastppo::token_logprobs_fwd": _op("token_logprobs", "NV"),
+    "fastppo::token_logprobs_bwd_out": _op("token_logprobs", "NV", "backward", 7),
+    "fastppo::token_logprobs_bwd_": _op("token_logprobs", "NV", "backward", 7),
+    "fastppo::gae": _op("gae", "T"),
+    "fastppo::gae_classic": _op("gae_classic", "TE"),
+    **{f"fastppo::{name}": _op(name, "N") for name in ("ppo_loss", "value_loss", "whiten")},
 }

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch.profiler import record_function
 
+from fastppo.profiling.case import Case, Passes, Size, passes
 from fastppo.profiling.ceilings import measure_ceilings, synchronize
 from fastppo.profiling.collect import META, TRACE, describe_run, profiler
 from fastppo.profiling.meta import Ceilings, Cost
-from fastppo.profiling.op_inputs import Call, Inputs, Size
-from fastppo.profiling.ops import find_op, parse_size
+from fastppo.profiling.op_cases import find_case
 from fastppo.profiling.phases import STEP
 from fastppo.profiling.roofline import floor_us
 from fastppo.training.device import resolve_device, resolve_precision
@@ -47,75 +47,77 @@ class Timing(NamedTuple):
         return floor_us(self.cost, ceilings) / self.us
 
 
-class Case(NamedTuple):
-    """An op with its inputs on a device."""
+class Ready(NamedTuple):
+    """A case with its inputs on a device."""
 
-    name: str
+    case: Case
     size: Size
     device: torch.device
-    dtype: torch.dtype
-    call: Call
+    passes: Passes
 
     @property
     def text(self) -> str:
-        """The size, as `parse_size` reads it."""
-        return self.size.text(find_op(self.name).letters)
+        """Such as "gae B=64 T=4096 fp32"."""
+        return f"{self.case.name} {self.size.text}"
 
 
-def make_case(name: str, size: str = "", device: str = "auto", precision: str = "auto") -> Case:
-    """An op ready to run.
+def make_ready(name: str, size: str = "", device: str = "auto", precision: str = "auto") -> Ready:
+    """A case ready to run.
 
     Args:
-        name: of the op.
-        size: see `parse_size`; empty: what fits the device.
+        name: of the case.
+        size: see `Case.size`; empty: what fits the device.
         device: as in a configuration.
         precision: of matrices; "auto" is bf16 where that is fast.
 
     Raises:
-        ValueError: an unknown op or size, or no such device.
+        ValueError: an unknown case or size, or no such device.
     """
-    op, where = find_op(name), resolve_device(device)
-    chosen = parse_size(size, name, "gpu" if where.type == "cuda" else "cpu")
-    half = resolve_precision(precision, where) == "bf16"
+    case, where = find_case(name), resolve_device(device)
+    half = resolve_precision(precision, where) == "bf16" and case.has_matrices
     dtype = torch.bfloat16 if half else torch.float32
-    return Case(name, chosen, where, dtype, op.make(Inputs(chosen, where, dtype)))
+    chosen = case.size(size, "gpu" if where.type == "cuda" else "cpu", dtype)
+    inputs = case.inputs(chosen, where, 0)
+    made = passes(case.prepare, case.leaves, case.upstream, inputs, chosen)
+    return Ready(case, chosen, where, made)
 
 
-def profile_op(case: Case, folder: Path) -> list[Timing]:
+def profile_op(ready: Ready, folder: Path) -> list[Timing]:
     """Time an op, then trace a few calls of it into `folder`, for `collect.report`.
 
     Returns:
         Forward, and backward where there is one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    timings = time_op(case)
+    timings = time_op(ready)
     walls = []
-    with profiler(case.device, TRACED, folder / TRACE) as running:
+    with profiler(ready.device, TRACED, folder / TRACE) as running:
         for _ in range(1 + TRACED):  # the profiler drops the first
             start = time.perf_counter()
             with record_function(STEP):
-                _run(case.call, record_function)
-                synchronize(case.device)
+                _run(ready.passes, record_function)
+                synchronize(ready.device)
             walls.append(time.perf_counter() - start)
             running.step()
-    meta = describe_run(case.device, walls[1:])
-    ceilings = measure_ceilings(case.device)
-    replace(meta, model=f"{case.name} {case.text}", ceilings=ceilings).save(folder / META)
+    meta = describe_run(ready.device, walls[1:])
+    ceilings = measure_ceilings(ready.device)
+    replace(meta, model=ready.text, ceilings=ceilings).save(folder / META)
     return timings
 
 
-def time_op(case: Case) -> list[Timing]:
+def time_op(ready: Ready) -> list[Timing]:
     """The time of forward and backward: of many calls in a row, so that a GPU is kept busy."""
-    forward, backward = find_op(case.name).costs(case.size, case.dtype)
-    alone = _time(case.call.forward, case.device)
-    timings = [Timing("forward", 1e6 * alone, forward)]
-    if backward is not None:
-        both = _time(lambda: _run(case.call), case.device)
-        timings.append(Timing("backward", 1e6 * max(0.0, both - alone), backward))
+    case, size = ready.case, ready.size
+    alone = _time(ready.passes.forward, ready.device)
+    timings = [Timing("forward", 1e6 * alone, case.forward.cost(size))]
+    if case.backward is not None:
+        both = _time(lambda: _run(ready.passes), ready.device)
+        rest = 1e6 * max(0.0, both - alone)
+        timings.append(Timing("backward", rest, case.backward.cost(size)))
     return timings
 
 
-def run_under_ncu(case: Case, folder: Path) -> Path:
+def run_under_ncu(ready: Ready, folder: Path) -> Path:
     """Run one call of an op under Nsight Compute.
 
     Returns:
@@ -124,9 +126,9 @@ def run_under_ncu(case: Case, folder: Path) -> Path:
     Raises:
         ValueError: there is no ncu, or it failed; the message has the command.
     """
-    report = folder / f"{case.name}.ncu-rep"
-    precision = "bf16" if case.dtype == torch.bfloat16 else "fp32"
-    arguments = [case.name, case.text, str(case.device), precision]
+    report = folder / f"{ready.case.name}.ncu-rep"
+    precision = "bf16" if ready.size.dtype == torch.bfloat16 else "fp32"
+    arguments = [ready.case.name, ready.size.argument, str(ready.device), precision]
     command = [
         *("ncu", "--set", "full", "--nvtx", "--nvtx-include", f"{NCU_RANGE}/"),
         *("--force-overwrite", "--export", str(report)),
@@ -146,15 +148,15 @@ def run_under_ncu(case: Case, folder: Path) -> Path:
 
 
 def _run(
-    call: Call,
+    made: Passes,
     mark: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> None:
     """Forward, and backward where there is one, in ranges made by `mark`."""
     with mark("fastppo::forward"):
-        outputs = call.forward()
-    if call.leaves:
+        outputs = made.forward()
+    if made.backward is not None:
         with mark("fastppo::backward"):
-            call.backward(outputs)
+            made.backward(outputs)
 
 
 def _time(work: Callable[[], object], device: torch.device) -> float:
@@ -168,9 +170,11 @@ def _time(work: Callable[[], object], device: torch.device) -> float:
         synchronize(device)
         return (time.perf_counter() - start) / calls
 
-    seconds(WARM_UP)
+    if seconds(1) < ENOUGH_SECONDS:  # a long call is warm after one
+        seconds(WARM_UP - 1)
     once = seconds(1)
-    return seconds(max(1, min(MOST_CALLS, int(ENOUGH_SECONDS / once))))
+    calls = min(MOST_CALLS, int(ENOUGH_SECONDS / once))
+    return seconds(calls) if calls > 1 else once
 
 
 @contextlib.contextmanager
@@ -181,13 +185,13 @@ def _ncu_range(device: torch.device) -> Iterator[None]:
 
 def main(arguments: Sequence[str]) -> None:
     """What runs under ncu: warm-up, then one call in the range that it looks at."""
-    case = make_case(*arguments)
+    ready = make_ready(*arguments)
     for _ in range(WARM_UP):
-        _run(case.call)
-    synchronize(case.device)
-    with _ncu_range(case.device):
-        _run(case.call)
-        synchronize(case.device)
+        _run(ready.passes)
+    synchronize(ready.device)
+    with _ncu_range(ready.device):
+        _run(ready.passes)
+        synchronize(ready.device)
 
 
 if __name__ == "__main__":

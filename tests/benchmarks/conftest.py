@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Provider, Size
+from fastppo.benchmarks.registry import Benchmark, Provider
 from fastppo.benchmarks.results import Result
 from fastppo.benchmarks.run import Cell, Roof
+from fastppo.profiling.case import Call, Count, Inputs, Size
 
 CPU = torch.device("cpu")
 
@@ -24,9 +25,9 @@ def honest(x: Inputs, size: Size) -> Call:
 
 
 @pytest.fixture(scope="session")
-def case() -> Case:
+def case() -> Benchmark:
     """Sums up to each element; two providers that are right."""
-    return Case(
+    return Benchmark(
         name="sums",
         sizes={"smoke": [Size(N=50_000)]},
         inputs=make_inputs,
@@ -51,7 +52,7 @@ Measure = Callable[..., Result]
 def measure(roof: Roof) -> Measure:
     """Runs the first smoke size of a case."""
 
-    def run(case: Case, budget: float = 0.2, passes: int = 1) -> Result:
+    def run(case: Benchmark, budget: float = 0.2, passes: int = 1) -> Result:
         cell = Cell(case, case.sizes["smoke"][0], roof)
         for number in range(1, passes + 1):
             cell.measure(budget / passes, last=number == passes)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from fastppo.benchmarks.compare import compare, drift, noise, report
-from fastppo.benchmarks.registry import Call, Case, Inputs, Provider, Size
+from fastppo.benchmarks.registry import Benchmark, Provider
 from fastppo.benchmarks.results import SCHEMA, Result
 from fastppo.cli.main import main
+from fastppo.profiling.case import Call, Inputs, Size
 
 Measure = Callable[..., Result]
 
@@ -33,16 +34,18 @@ def twice(provider: Provider) -> Provider:
     return replace(provider, prepare=prepare)
 
 
-def slowed(case: Case) -> Case:
+def slowed(case: Benchmark) -> Benchmark:
     return replace(case, providers={**case.providers, "fastppo": twice(case.providers["fastppo"])})
 
 
 @pytest.fixture(scope="session")
-def measured(case: Case, measure: Measure) -> Result:
+def measured(case: Benchmark, measure: Measure) -> Result:
     return measure(case, budget=1.0, passes=3)
 
 
-def test_the_same_code_twice_is_not_slower(case: Case, measure: Measure, measured: Result) -> None:
+def test_the_same_code_twice_is_not_slower(
+    case: Benchmark, measure: Measure, measured: Result
+) -> None:
     assert [len(row.passes) for row in measured.rows] == [3, 3, 3]
     changes = compare(measured, measure(case, budget=1.0, passes=3))
     assert [change.key[2] for change in changes] == ["fastppo", "torch"]
@@ -50,7 +53,7 @@ def test_the_same_code_twice_is_not_slower(case: Case, measure: Measure, measure
 
 
 def test_twice_the_work_is_slower_and_is_named(
-    case: Case,
+    case: Benchmark,
     measure: Measure,
     measured: Result,
     tmp_path: Path,

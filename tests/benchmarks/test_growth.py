@@ -12,11 +12,12 @@ import torch
 
 from fastppo.benchmarks.cases.scaling_update import inputs, transformers_step
 from fastppo.benchmarks.plots import growth_figure, save_plots
-from fastppo.benchmarks.registry import Size, in_float64, select_cases
+from fastppo.benchmarks.registry import in_float64, select_cases
 from fastppo.benchmarks.results import Result, Row
 from fastppo.benchmarks.run import COPY
 from fastppo.benchmarks.scaling import growing_letter, series, slope, slope_text
 from fastppo.benchmarks.tables import markdown
+from fastppo.profiling.case import Size
 from fastppo.profiling.meta import Ceilings
 
 NUMBERS = (1024, 8192, 65_536)

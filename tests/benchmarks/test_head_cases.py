@@ -12,8 +12,9 @@ import torch
 
 from fastppo.benchmarks import head
 from fastppo.benchmarks.check import Judge
-from fastppo.benchmarks.registry import Call, Case, Inputs, Provider, Size, in_float64, select_cases
+from fastppo.benchmarks.registry import Benchmark, Provider, in_float64, select_cases
 from fastppo.benchmarks.run import Cell, Roof
+from fastppo.profiling.case import Call, Inputs, Size
 from fastppo.profiling.meta import Ceilings
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def runnable() -> list[object]:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("case, name", runnable())
-def test_provider_agrees_with_float64(case: Case, name: str) -> None:
+def test_provider_agrees_with_float64(case: Benchmark, name: str) -> None:
     provider = case.providers[name]
     for size in case.sizes["smoke"]:
         x = case.inputs(size, CPU, 0)

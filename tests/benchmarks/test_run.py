@@ -11,15 +11,16 @@ import torch
 
 from fastppo.benchmarks.check import largest_error
 from fastppo.benchmarks.clock import LONG_CALL, Timer, peak_memory, take_turns
-from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Provider, Size, select_cases
+from fastppo.benchmarks.registry import Benchmark, Provider, select_cases
 from fastppo.benchmarks.results import Result, Row
 from fastppo.benchmarks.run import COPY, Cell, Roof
+from fastppo.profiling.case import Call, Count, Inputs, Size
 
 CPU = torch.device("cpu")
 Measure = Callable[..., Result]
 
 
-def with_provider(case: Case, name: str, provider: Provider) -> Case:
+def with_provider(case: Benchmark, name: str, provider: Provider) -> Benchmark:
     return replace(case, providers={**case.providers, name: provider})
 
 
@@ -28,7 +29,7 @@ def row_of(result: Result, provider: str) -> Row:
     return row
 
 
-def test_honest_providers_are_timed(case: Case, measure: Measure) -> None:
+def test_honest_providers_are_timed(case: Benchmark, measure: Measure) -> None:
     result = measure(case)
     assert [row.provider for row in result.rows] == ["fastppo", "torch", COPY]
     assert not result.bad
@@ -40,7 +41,9 @@ def test_honest_providers_are_timed(case: Case, measure: Measure) -> None:
     assert row.bytes == 400_000 and row.gb_s == pytest.approx(0.0004 / row.median)
 
 
-def test_an_answer_off_by_one_is_refused_before_it_is_timed(case: Case, measure: Measure) -> None:
+def test_an_answer_off_by_one_is_refused_before_it_is_timed(
+    case: Benchmark, measure: Measure
+) -> None:
     calls = []
 
     def off_by_one(x: Inputs, size: Size) -> Call:
@@ -59,7 +62,7 @@ def test_an_answer_off_by_one_is_refused_before_it_is_timed(case: Case, measure:
     assert row_of(result, "fastppo").status == "ok"
 
 
-def test_one_wrong_number_is_seen(case: Case, measure: Measure) -> None:
+def test_one_wrong_number_is_seen(case: Benchmark, measure: Measure) -> None:
     def one_off(x: Inputs, size: Size) -> Call:
         def call() -> dict[str, torch.Tensor]:
             y = x["x"].cumsum(0)
@@ -73,7 +76,7 @@ def test_one_wrong_number_is_seen(case: Case, measure: Measure) -> None:
     )
 
 
-def test_changing_the_inputs_is_noticed_after_timing(case: Case, measure: Measure) -> None:
+def test_changing_the_inputs_is_noticed_after_timing(case: Benchmark, measure: Measure) -> None:
     def in_place(x: Inputs, size: Size) -> Call:
         def call() -> dict[str, torch.Tensor]:
             y = x["x"].cumsum(0)
@@ -86,7 +89,7 @@ def test_changing_the_inputs_is_noticed_after_timing(case: Case, measure: Measur
     assert row.status == "wrong" and row.note.startswith("after timing: y")
 
 
-def test_a_pass_makes_inputs_and_calls_anew_and_checks_each(case: Case, roof: Roof) -> None:
+def test_a_pass_makes_inputs_and_calls_anew_and_checks_each(case: Benchmark, roof: Roof) -> None:
     made: list[str] = []
 
     def inputs(size: Size, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
@@ -117,7 +120,7 @@ def test_a_pass_makes_inputs_and_calls_anew_and_checks_each(case: Case, roof: Ro
 
 
 def test_what_is_slow_is_measured_in_one_pass(
-    case: Case, roof: Roof, monkeypatch: pytest.MonkeyPatch
+    case: Benchmark, roof: Roof, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastppo.benchmarks.run.LONG_ROUND", 0.2)
 
@@ -145,7 +148,7 @@ def test_missing_results_and_nan_never_pass() -> None:
             largest_error(outputs, ones)
 
 
-def test_a_peer_that_cannot_run_is_a_row(case: Case, measure: Measure) -> None:
+def test_a_peer_that_cannot_run_is_a_row(case: Benchmark, measure: Measure) -> None:
     def prepare(x: Inputs, size: Size) -> Call:
         raise AssertionError("never prepared")
 
@@ -160,7 +163,7 @@ def test_a_peer_that_cannot_run_is_a_row(case: Case, measure: Measure) -> None:
     assert not result.bad
 
 
-def test_a_peer_that_raises_fails_and_the_others_go_on(case: Case, measure: Measure) -> None:
+def test_a_peer_that_raises_fails_and_the_others_go_on(case: Benchmark, measure: Measure) -> None:
     def prepare(x: Inputs, size: Size) -> Call:
         raise KeyError("layout")
 
@@ -171,7 +174,7 @@ def test_a_peer_that_raises_fails_and_the_others_go_on(case: Case, measure: Meas
 
 
 def test_a_call_that_works_only_once_fails_and_the_others_go_on(
-    case: Case, measure: Measure
+    case: Benchmark, measure: Measure
 ) -> None:
     def once(x: Inputs, size: Size) -> Call:
         answers = [{"y": x["x"].cumsum(0)}]
@@ -184,7 +187,7 @@ def test_a_call_that_works_only_once_fails_and_the_others_go_on(
 
 
 def test_faster_than_the_ceilings_is_a_mistake_in_the_accounting(
-    case: Case, measure: Measure
+    case: Benchmark, measure: Measure
 ) -> None:
     wrong = replace(case, flops=Count("N³", lambda s: float(s["N"]) ** 3))
     row = row_of(measure(wrong), "fastppo")
@@ -290,7 +293,7 @@ def test_unknown_cases_are_named() -> None:
 
 
 @pytest.mark.parametrize("case_", select_cases([]), ids=lambda case: case.name)
-def test_every_case_is_whole(case_: Case) -> None:
+def test_every_case_is_whole(case_: Benchmark) -> None:
     assert "fastppo" in case_.providers and "smoke" in case_.sizes
     for sizes in case_.sizes.values():
         assert len({size.text for size in sizes}) == len(sizes)
@@ -305,7 +308,7 @@ UNCOMPILED = [  # a compilation takes many seconds
 
 
 @pytest.mark.parametrize("case_", UNCOMPILED, ids=lambda case: case.name)
-def test_every_provider_is_right(case_: Case, roof: Roof) -> None:
+def test_every_provider_is_right(case_: Benchmark, roof: Roof) -> None:
     """At the smallest size, and on other inputs than the benchmark's."""
     from fastppo.benchmarks.check import Judge
 

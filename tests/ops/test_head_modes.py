@@ -19,6 +19,8 @@ from fastppo.ops._head import Head
 from fastppo.ops._head_options import HeadOptions
 from fastppo.ops._head_tiles import tiled_gradients
 from fastppo.ops.linear_logprobs import chunked_gradients
+from fastppo.profiling.case import Size
+from fastppo.profiling.head_cases import head_inputs
 
 BF16_ROUNDING = 2**-8
 N, H, V = 61, 12, 1003
@@ -28,10 +30,9 @@ TILES = [None, 32 * N, 334 * N, 1002 * N]
 
 
 def draw(rng, n=N, dtype=torch.float32, vocab=V):
-    hidden = torch.randn(n, H, generator=rng).to(dtype)
-    weight = (torch.randn(vocab, H, generator=rng) / 2).to(dtype)
+    x = head_inputs(Size(dtype, N=n, H=H, V=vocab), torch.device("cpu"), rng.initial_seed())
+    hidden, weight, targets = x["hidden"], x["weight"], x["targets"]
     bias = torch.randn(vocab, generator=rng).to(dtype)
-    targets = torch.randint(vocab, (n,), generator=rng)
     lp = linear_logprobs(hidden, weight, targets, bias=bias).logprobs
     old, ref, rollout = (lp + 0.3 * torch.randn(n, generator=rng) for _ in range(3))
     valid = torch.rand(n, generator=rng) < 0.7

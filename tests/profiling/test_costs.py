@@ -92,8 +92,8 @@ def attention(*before: str) -> tuple[str, ...]:
         ("aten::_foreach_lerp_", [[[24]], [[24]]], ["TensorList"] * 2, (), 3 * 96, 24),
         ("aten::_foreach_norm", [[[4, 5], [4]]], ["TensorList"], (), 96, 24),
         ("aten::_fused_adamw_", [[[24]]] * 4, ["TensorList"] * 4, (), 7 * 96, 15 * 24),
-        ("fastppo::token_logprobs_fwd", [[2, 50], [2]], [H, L], ("", ""), 200 + 16, 800),
-        ("fastppo::gae", [[9], [3], [9], [9]], [F, "int", F, "bool"], (), 36 * 4 + 12 + 9, 12 * 9),
+        ("fastppo::token_logprobs_fwd", [[2, 50], [2]], [H, L], ("", ""), 200 + 16 + 16, 800),
+        ("fastppo::gae", [[9], [3], [9], [9]], [F, "int", F, "bool"], (), 36 * 4 + 12 + 9, 6 * 9),
     ],
 )
 def test_costs(

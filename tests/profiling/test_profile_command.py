@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from fastppo.cli.main import main
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 from fastppo.ppo import update_metrics
 from fastppo.ppo.config import TrainConfig
-from fastppo.profiling.op_inputs import Inputs, Size
-from fastppo.profiling.ops import OPS, SIZES, parse_size
+from fastppo.profiling.case import SIZE_NAMES, Count, Inputs, Passes, Size, passes
+from fastppo.profiling.op_cases import CASES
 
 FILES = ["meta.json", "profile.html", "table.csv", "table.json", "trace.json.gz"]
 CPU = torch.device("cpu")
@@ -169,7 +170,7 @@ def test_one_op_is_timed_and_traced(
     assert names(folder) == FILES
     shown = capfd.readouterr()
     assert own_words(shown.err) == ""
-    for part in ("forward", "roofline", SIZES["smoke"].text(OPS[name].letters)):
+    for part in ("forward", "roofline", f"{name} {CASES[name].sizes['smoke'][0].text}"):
         assert part in shown.out
     meta = json.loads((folder / "meta.json").read_text())
     assert len(meta["steps"]) == 3
@@ -180,11 +181,12 @@ def test_one_op_is_timed_and_traced(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["gea"], ["gea", *OPS]),
-        (["gae", "--size", "huge"], ["smoke, cpu, gpu", "N=NUMBER,B=NUMBER", "huge"]),
-        (["gae", "--size", "N=10,V=5"], ["N=NUMBER,B=NUMBER", "V=5"]),
-        (["gae", "--size", "N=0"], ["≥ 1", "N=0"]),
-        (["gae", "--size", "N=3,B=4"], ["N ≥ B", "N=3,B=4"]),
+        (["gea"], ["gea", *CASES]),
+        (["gae", "--size", "huge"], ["smoke, cpu, gpu", "B=NUMBER,T=NUMBER", "huge"]),
+        (["gae", "--size", "T=10,V=5"], ["B=NUMBER,T=NUMBER", "V=5"]),
+        (["gae", "--size", "T=0"], ["≥ 1", "T=0"]),
+        (["loss_weights", "--size", "N=3,B=4"], ["N ≥ B", "N=3,B=4"]),
+        (["group_advantages", "--size", "B=3"], ["B ≥ G", "B=3,G=8"]),
         (["whiten", "--size", "8192"], ["N=NUMBER", "8192"]),
     ],
 )
@@ -197,61 +199,76 @@ def test_unknown_ops_and_sizes_are_refused_with_what_there_is(
 
 
 def test_numbers_replace_those_of_the_default() -> None:
-    assert parse_size("", "gae", "cpu") == SIZES["cpu"]
-    assert parse_size("smoke", "gae", "cpu") == SIZES["smoke"]
-    size = parse_size("V=7, N=70", "linear_logprobs", "cpu")
-    assert size == dataclasses.replace(SIZES["cpu"], V=7, N=70)
-    letters = OPS["linear_logprobs"].letters
-    assert parse_size(size.text(letters), "linear_logprobs", "gpu").H == SIZES["cpu"].H
+    case = CASES["linear_logprobs"]
+    for text, default in (("", "cpu"), ("smoke", "cpu")):
+        size = case.size(text, default, torch.float32)
+        assert size.text == case.sizes[text or default][0].text
+    size = case.size("V=7, N=70", "cpu", torch.bfloat16)
+    assert size.text == f"N=70 H={case.sizes['cpu'][0]['H']} V=7 bf16"
+    assert case.size(size.argument, "gpu", torch.bfloat16).text == size.text
 
 
-class Recorded(Inputs):
-    """Inputs that remember how many bytes were made."""
-
-    bytes = 0
-
-    def _add(self, tensors: Sequence[Tensor]) -> None:
-        self.bytes += sum(x.nbytes for x in tensors)
-
-    def per_token(self, count: int = 1) -> list[Tensor]:
-        made = super().per_token(count)
-        self._add(made)
-        return made
+LETTERS = {"N": 60, "B": 5, "T": 7, "E": 3, "G": 5, "H": 16, "V": 33}
+GRADIENTS_IN_FORWARD = ("ppo_loss", "value_loss", "linear_ppo_loss")
 
 
-for _name in ("matrix", "mask", "weights", "targets", "cu_seqlens"):
+class Noting(dict[str, Tensor]):
+    """Inputs that remember which were used."""
 
-    def _recorded(self: Recorded, *arguments: int, _name: str = _name) -> Tensor:
-        made: Tensor = getattr(Inputs, _name)(self, *arguments)
-        self._add([made])
-        return made
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
+        self.used: dict[str, Tensor] = {}
 
-    setattr(Recorded, _name, _recorded)
-
-SMALL = Size(N=60, B=5, H=16, V=33)
-SCANS = ("gae", "whiten", "kl_penalty", "loss_weights")
+    def __getitem__(self, name: str) -> Tensor:
+        return self.used.setdefault(name, super().__getitem__(name))
 
 
-@pytest.mark.parametrize("name", SCANS)
-def test_bytes_are_those_of_inputs_and_results(name: str) -> None:
-    inputs = Recorded(SMALL, CPU, torch.float32)
-    outputs = OPS[name].make(inputs).forward()
-    moved = inputs.bytes + sum(x.nbytes for x in outputs)
-    assert OPS[name].costs(SMALL, torch.float32)[0].bytes == moved
+def small(name: str, dtype: torch.dtype = torch.float32) -> tuple[Size, Inputs]:
+    numbers = CASES[name].sizes["smoke"][0].numbers
+    size = Size(dtype, **{letter: LETTERS[letter] for letter in numbers})
+    return size, CASES[name].inputs(size, CPU, 0)
 
 
-@pytest.mark.parametrize("name", ["ppo_loss", "value_loss", "linear_ppo_loss"])
-def test_bytes_of_a_loss_are_those_of_its_inputs_and_gradients(name: str) -> None:
-    inputs = Recorded(SMALL, CPU, torch.float32)
-    call = OPS[name].make(inputs)
-    gradients = call.backward(call.forward())
-    moved = inputs.bytes + sum(x.nbytes for x in gradients)
-    assert OPS[name].costs(SMALL, torch.float32)[0].bytes == moved
+def made(name: str) -> tuple[Size, Passes]:
+    case, (size, inputs) = CASES[name], small(name)
+    return size, passes(case.prepare, case.leaves, case.upstream, inputs, size)
+
+
+def total(tensors: Iterable[Tensor]) -> int:
+    return sum(x.nbytes for x in tensors)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_are_those_of_inputs_and_results(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    size, inputs = small(name, dtype if CASES[name].has_matrices else torch.float32)
+    noting = Noting(inputs)
+    outputs = case.prepare(noting, size)()
+    written = total(outputs.values())
+    if name in GRADIENTS_IN_FORWARD:  # instead of a loss and metrics, which N does not make larger
+        written = total(noting.used[leaf] for leaf in case.leaves)
+    reads, writes = (Count.read(text).of(size) for text in case.forward[:2])
+    assert (reads, writes) == (total(noting.used.values()), written)
+    assert case.forward.bytes.of(size) == case.forward.cost(size).bytes == reads + writes
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_logprobs"])
+def test_bytes_of_a_backward_pass(name: str) -> None:
+    case, (size, inputs) = CASES[name], small(name)
+    leaves = total(inputs[leaf] for leaf in case.leaves)
+    assert case.backward is not None and case.both is not None
+    assert case.backward.bytes.of(size) == total(inputs.values()) + leaves
+    again = leaves if name == "linear_logprobs" else 0  # in one call it is read once, and targets
+    targets = inputs["targets"].nbytes if name == "linear_logprobs" else 0
+    apart = case.forward.bytes.of(size) + case.backward.bytes.of(size)
+    assert case.both.bytes.of(size) == apart - again - targets
+    assert case.both.flops.of(size) == case.forward.flops.of(size) + case.backward.flops.of(size)
 
 
 @pytest.mark.parametrize("name", ["linear_logprobs", "linear_ppo_loss"])
 def test_flops_are_those_of_the_matrix_products(name: str) -> None:
-    call = OPS[name].make(Inputs(SMALL, CPU, torch.float32))
+    case, (size, call) = CASES[name], made(name)
     counted = []
 
     def count(work: Callable[[], Any]) -> Any:
@@ -262,22 +279,25 @@ def test_flops_are_those_of_the_matrix_products(name: str) -> None:
         return result
 
     outputs = count(call.forward)
-    count(lambda: call.backward(outputs))
-    forward, backward = OPS[name].costs(SMALL, torch.float32)
-    assert counted == [forward.flops, backward.flops if backward else 0]
+    assert call.backward is not None
+    count(functools.partial(call.backward, outputs))
+    expected = [work.flops.of(size) if work else 0 for work in (case.forward, case.backward)]
+    if name == "linear_logprobs":  # the logits are made again, which does not count
+        expected[1] += case.forward.flops.of(size)
+    assert counted == expected
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_every_op_runs_and_depends_on_the_numbers_it_names(name: str) -> None:
-    op = OPS[name]
-    call = op.make(Inputs(SMALL, CPU, torch.float32))
-    outputs = call.forward()
-    gradients = call.backward(outputs) if call.leaves else ()
-    assert all(x.isfinite().all() for x in (*outputs, *gradients))
-    cost = op.costs(SMALL, torch.float32)
-    for letter in "NBHV":
-        other = dataclasses.replace(SMALL, **{letter: 2 * getattr(SMALL, letter)})
-        assert (op.costs(other, torch.float32) != cost) == (letter in op.letters), letter
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_runs_and_depends_on_the_numbers_it_names(name: str) -> None:
+    case, (size, call) = CASES[name], made(name)
+    found = call.run()
+    assert {f"grad {leaf}" for leaf in case.leaves} == {x for x in found if x.startswith("grad ")}
+    assert all(x.isfinite().all() for label, x in found.items() if label != "metrics")
+    assert set(case.sizes) == set(SIZE_NAMES)
+    for letter in size.numbers.keys() - {"G"}:  # and B where it says how advantages repeat
+        other = Size(**{**size.numbers, letter: 2 * size[letter]})
+        same = name == "linear_ppo_loss" and letter == "B"
+        assert (case.forward.cost(other) == case.forward.cost(size)) == same, letter
 
 
 # Nsight Compute
@@ -294,13 +314,13 @@ def test_without_ncu_the_error_has_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    arguments = ["gae", "--ncu", "--size", "N=32,B=2", "--output-dir", str(tmp_path / "out")]
+    arguments = ["gae", "--ncu", "--size", "T=32,B=2", "--output-dir", str(tmp_path / "out")]
     assert main(["profile", "op", *arguments]) == 2
     message, command = capfd.readouterr().err.rsplit("\n", 2)[:2]
     assert "--ncu" in message and "no program ncu on the PATH" in message
     words = shlex.split(command)
     assert words[0] == "ncu" and words[words.index("--export") + 1].endswith("out/gae.ncu-rep")
-    assert words[-4:-2] == ["gae", "N=32,B=2"]
+    assert words[-4:-2] == ["gae", "B=2,T=32"]
     assert not (tmp_path / "out").exists()
 
 

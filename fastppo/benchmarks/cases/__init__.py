@@ -1,1 +1,1 @@
-"""The cases: every module here defines `CASES`."""
+"""The cases: every module here defines `BENCHMARKS`."""

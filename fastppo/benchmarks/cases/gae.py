@@ -13,26 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastppo import ops
-from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Outputs, Provider, Size
-from fastppo.ops.gae import MaskMode
+from fastppo.benchmarks.registry import Benchmark, Provider
+from fastppo.profiling.case import Call, Inputs, Outputs, Prepare, Size
+from fastppo.profiling.op_cases import CASES
+from fastppo.profiling.token_cases import GAMMA, LAMBDA
 
-GAMMA, LAMBDA = 0.99, 0.95
-SIZES = {
-    "smoke": [Size(B=4, T=64)],
-    "cpu": [Size(B=64, T=4096), Size(B=64, T=16384), Size(B=4096, T=256), Size(B=65536, T=16)],
-    "gpu": [Size(B=64, T=4096), Size(B=64, T=16384), Size(B=4096, T=256), Size(B=65536, T=16)],
-}
 Padded = Callable[[Tensor, Tensor, Tensor], Tensor]  # rewards, values, mask (B, T) → advantages
-
-
-def inputs(size: Size, device: torch.device, seed: int) -> Inputs:
-    rng = torch.Generator(device).manual_seed(seed)
-    shape = (size["B"], size["T"])
-    rewards, values = torch.randn(2, *shape, generator=rng, device=device)
-    mask = torch.rand(shape, generator=rng, device=device) < 0.8
-    ends = torch.arange(size["B"] + 1, dtype=torch.int32, device=device) * size["T"]
-    return {"rewards": rewards, "values": values, "mask": mask, "cu_seqlens": ends}
 
 
 def loop(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -91,7 +77,7 @@ def scipy_lfilter(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     return torch.from_numpy(filtered[:, ::-1].copy())
 
 
-def padded(function: Padded) -> Callable[[Inputs, Size], Call]:
+def padded(function: Padded) -> Prepare:
     """A peer: its mask is of the values' dtype, and returns are A + V."""
 
     def prepare(x: Inputs, size: Size) -> Call:
@@ -100,31 +86,6 @@ def padded(function: Padded) -> Callable[[Inputs, Size], Call]:
         def call() -> Outputs:
             advantages = function(rewards, values, mask)
             return {"advantages": advantages, "returns": advantages + values}
-
-        return call
-
-    return prepare
-
-
-def packed(mode: MaskMode) -> Callable[[Inputs, Size], Call]:
-    """fastppo, on the same numbers one after the other."""
-
-    def prepare(x: Inputs, size: Size) -> Call:
-        rewards, values, mask = (x[name].view(-1) for name in ("rewards", "values", "mask"))
-        used = None if mode == "none" else mask
-        ends, shape = x["cu_seqlens"], (size["B"], size["T"])
-
-        def call() -> Outputs:
-            advantages, returns = ops.gae(
-                rewards,
-                values,
-                ends,
-                gamma=GAMMA,
-                gae_lambda=LAMBDA,
-                mask=used,
-                mask_mode=mode,
-            )
-            return {"advantages": advantages.view(shape), "returns": returns.view(shape)}
 
         return call
 
@@ -141,31 +102,21 @@ def reference(function: Padded) -> Callable[[Inputs, Size], Outputs]:
     return lambda x, size: padded(function)(x, size)()
 
 
-def gae_case(name: str, mode: MaskMode, peers: dict[str, Provider], baseline: Padded) -> Case:
-    masked = mode != "none"
-    return Case(
-        name=name,
-        sizes=SIZES,
-        inputs=inputs,
+def benchmark(name: str, peers: dict[str, Provider], baseline: Padded) -> Benchmark:
+    case = CASES[name]
+    return Benchmark.of(
+        case,
         reference=reference(baseline),
-        providers={"fastppo": Provider(prepare=packed(mode)), **peers},
+        providers={"fastppo": Provider(prepare=case.prepare), **peers},
         baseline=next(iter(peers)),
-        # r, V read and A, R written in float32; the mask is one byte
-        bytes=Count(
-            f"{16 + masked}·B·T: r, V{', mask' if masked else ''} read, A, R written, fp32",
-            lambda size: (16 + masked) * size["B"] * size["T"],
-        ),
-        # δ = r + γV' − V: 3; A = δ + γλA: 2; R = A + V: 1
-        flops=Count("6·B·T", lambda size: 6 * size["B"] * size["T"]),
         launch_bound=True,
-        counted=valid_tokens if masked else None,
+        counted=None if name == "gae" else valid_tokens,
     )
 
 
-CASES = (
-    gae_case(
+BENCHMARKS = (
+    benchmark(
         "gae",
-        "none",
         {
             "TRL loop": Provider(prepare=padded(loop)),
             "torchrl convolution": Provider(
@@ -180,10 +131,9 @@ CASES = (
         },
         loop,
     ),
-    gae_case("gae_carry", "carry", {"verl loop": Provider(prepare=padded(verl_loop))}, verl_loop),
-    gae_case(
+    benchmark("gae_carry", {"verl loop": Provider(prepare=padded(verl_loop))}, verl_loop),
+    benchmark(
         "gae_dense_zero",
-        "dense-zero",
         {"OpenRLHF loop": Provider(prepare=padded(openrlhf_loop))},
         openrlhf_loop,
     ),

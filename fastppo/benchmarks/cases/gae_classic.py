@@ -5,34 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo import ops
-from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Outputs, Provider, Size
-
-GAMMA, LAMBDA = 0.99, 0.95
-
-
-def inputs(size: Size, device: torch.device, seed: int) -> Inputs:
-    rng = torch.Generator(device).manual_seed(seed)
-    shape = (size["T"], size["E"])
-    rewards, values = torch.randn(2, *shape, generator=rng, device=device)
-    return {
-        "rewards": rewards,
-        "values": values,
-        "next_value": torch.randn(size["E"], generator=rng, device=device),
-        "terminated": torch.rand(shape, generator=rng, device=device) < 0.02,
-    }
-
-
-def fastppo(x: Inputs, size: Size) -> Call:
-    def call() -> Outputs:
-        found = ops.gae_classic(
-            *(x["rewards"], x["values"], x["next_value"], x["terminated"]),
-            gamma=GAMMA,
-            gae_lambda=LAMBDA,
-        )
-        return found._asdict()
-
-    return call
+from fastppo.benchmarks.registry import Benchmark, Provider
+from fastppo.profiling.case import Call, Inputs, Outputs, Size
+from fastppo.profiling.op_cases import CASES
+from fastppo.profiling.token_cases import GAMMA, LAMBDA
 
 
 def cleanrl_loop(x: Inputs, size: Size) -> Call:
@@ -53,24 +29,16 @@ def cleanrl_loop(x: Inputs, size: Size) -> Call:
     return call
 
 
-CASES = (
-    Case(
-        name="gae_classic",
-        sizes={
-            "smoke": [Size(T=32, E=4)],
-            "cpu": [Size(T=128, E=8), Size(T=128, E=4096)],
-            "gpu": [Size(T=128, E=4096), Size(T=2048, E=512)],
-        },
-        inputs=inputs,
+CASE = CASES["gae_classic"]
+BENCHMARKS = (
+    Benchmark.of(
+        CASE,
         reference=lambda x, size: cleanrl_loop(x, size)(),
         providers={
-            "fastppo": Provider(prepare=fastppo),
+            "fastppo": Provider(prepare=CASE.prepare),
             "CleanRL loop": Provider(prepare=cleanrl_loop),
         },
         baseline="CleanRL loop",
-        # r, V read and A, R written in float32; the end of an episode is one byte
-        bytes=Count("17·T·E: r, V, end read, A, R written, fp32", lambda s: 17 * s["T"] * s["E"]),
-        flops=Count("8·T·E", lambda s: 8 * s["T"] * s["E"]),
         launch_bound=True,
     ),
 )

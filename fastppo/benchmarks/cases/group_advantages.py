@@ -6,23 +6,11 @@ from collections import defaultdict
 
 import torch
 
-from fastppo import ops
-from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Outputs, Provider, Size
+from fastppo.benchmarks.registry import Benchmark, Provider
+from fastppo.profiling.case import Call, Inputs, Outputs, Size
+from fastppo.profiling.op_cases import CASES
 
 EPS = 1e-4
-
-
-def inputs(size: Size, device: torch.device, seed: int) -> Inputs:
-    rng = torch.Generator(device).manual_seed(seed)
-    b = size["B"]
-    return {
-        "scores": torch.randn(b, generator=rng, device=device),
-        "groups": torch.arange(b, device=device) % (b // size["G"]),
-    }
-
-
-def fastppo(x: Inputs, size: Size) -> Call:
-    return lambda: {"advantages": ops.group_advantages(x["scores"], x["groups"], kind="grpo")}
 
 
 def verl_loop(x: Inputs, size: Size) -> Call:
@@ -54,24 +42,16 @@ def trl_reshape(x: Inputs, size: Size) -> Call:
     return call
 
 
-CASES = (
-    Case(
-        name="group_advantages",
-        sizes={
-            "smoke": [Size(B=32, G=4)],
-            "cpu": [Size(B=512, G=8), Size(B=4096, G=8)],
-            "gpu": [Size(B=4096, G=8)],
-        },
-        inputs=inputs,
+CASE = CASES["group_advantages"]
+BENCHMARKS = (
+    Benchmark.of(
+        CASE,
         reference=lambda x, size: verl_loop(x, size)(),
         providers={
-            "fastppo": Provider(prepare=fastppo, note="any group sizes, in any order"),
+            "fastppo": Provider(prepare=CASE.prepare, note="any group sizes, in any order"),
             "verl loop": Provider(prepare=verl_loop, note="any group sizes, in any order"),
             "TRL reshape": Provider(prepare=trl_reshape, note="equal groups only, known order"),
         },
         baseline="verl loop",
-        # score (4) and id (8) read, advantage (4) written
-        bytes=Count("16·B: score, id read, advantage written", lambda s: 16 * s["B"]),
-        flops=Count("6·B", lambda s: 6 * s["B"]),
     ),
 )

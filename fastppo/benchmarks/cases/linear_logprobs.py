@@ -9,36 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from fastppo import ops
-from fastppo.benchmarks.head import Prepare, by_parts, compiled, head_inputs, linear_logprobs_of
+from fastppo.benchmarks.head import by_parts, compiled, linear_logprobs_of
 from fastppo.benchmarks.peers import liger, trl, verl
 from fastppo.benchmarks.registry import (
-    Call,
-    Case,
-    Count,
-    Inputs,
-    Outputs,
+    Benchmark,
     Provider,
-    Size,
+    each_call,
     forward_backward,
+    forward_only,
 )
+from fastppo.profiling.case import Inputs, Outputs, Prepare, Size
+from fastppo.profiling.op_cases import CASES
 
 Scorer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-LEAVES = ("hidden", "weight")
-SMOKE = [Size(N=48, H=32, V=1000), Size(torch.bfloat16, N=48, H=32, V=1000)]
-
-
-def inputs(size: Size, device: torch.device, seed: int) -> Inputs:
-    rng = torch.Generator(device).manual_seed(seed + 1)
-    g = torch.randn(size["N"], generator=rng, device=device)
-    return {**head_inputs(size, device, seed), "g": g}
-
-
-def fastppo(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.linear_logprobs(hidden, weight, targets)
+CASE = CASES["linear_logprobs"]
 
 
 def liger_scorer(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, None]:
@@ -54,14 +40,15 @@ def outputs_of(scorer: Scorer) -> Callable[[Inputs, Size], Outputs]:
 
 
 def forward(scorer: Scorer) -> Prepare:
-    def prepare(x: Inputs, size: Size) -> Call:
-        return torch.no_grad()(lambda: outputs_of(scorer)(x, size))
-
-    return prepare
+    return forward_only(each_call(outputs_of(scorer)))
 
 
 def forward_and_backward(scorer: Scorer) -> Prepare:
-    return forward_backward(outputs_of(scorer), LEAVES, {"logprobs": "g"})
+    return with_gradients(each_call(outputs_of(scorer)))
+
+
+def with_gradients(prepare: Prepare) -> Prepare:
+    return forward_backward(prepare, CASE.leaves, CASE.upstream)
 
 
 def reference(x: Inputs, size: Size) -> Outputs:
@@ -79,16 +66,16 @@ def reference_with_gradients(x: Inputs, size: Size) -> Outputs:
         x,
         size["V"],
         per_row=("hidden", "targets", "g"),
-        leaves=LEAVES,
+        leaves=CASE.leaves,
         upstream=lambda out, x: (out["logprobs"] * x["g"]).sum(),
     )
 
 
 def providers(
-    prepare: Callable[[Scorer], Prepare], trl_needs: tuple[str, ...]
+    ours: Prepare, prepare: Callable[[Scorer], Prepare], trl_needs: tuple[str, ...]
 ) -> dict[str, Provider]:
     return {
-        "fastppo": Provider(prepare=prepare(fastppo)),
+        "fastppo": Provider(prepare=ours),
         "torch": Provider(prepare=prepare(linear_logprobs_of)),
         "torch.compile": Provider(prepare=compiled(prepare, linear_logprobs_of)),
         "TRL chunked": Provider(prepare=prepare(trl.chunked_logprobs), needs=trl_needs),
@@ -108,47 +95,18 @@ def providers(
     }
 
 
-def matrix_bytes(size: Size) -> int:
-    """One read of hidden and weight."""
-    return (size["N"] + size["V"]) * size["H"] * size.dtype.itemsize
-
-
-CASES = (
-    Case(
-        name="linear_logprobs_forward",
-        sizes={
-            "smoke": SMOKE,
-            "cpu": [Size(N=2048, H=576, V=49152)],
-            "gpu": [Size(torch.bfloat16, N=8192, H=4096, V=131072)],
-        },
-        inputs=inputs,
+BENCHMARKS = (
+    Benchmark.of(
+        CASE,
+        forward=True,
         reference=reference,
-        providers=providers(forward, trl.NEEDS),
+        providers=providers(forward_only(CASE.prepare), forward, trl.NEEDS),
         baseline="torch",
-        # logits need not be in memory; int64 targets read, two float32 numbers a row written
-        bytes=Count(
-            "(N + V)·H·itemsize + 16·N: hidden and weight read once",
-            lambda size: matrix_bytes(size) + 16 * size["N"],
-        ),
-        flops=Count("2·N·H·V", lambda size: 2 * size["N"] * size["H"] * size["V"]),
     ),
-    Case(
-        name="linear_logprobs",
-        sizes={
-            "smoke": SMOKE,
-            "cpu": [Size(N=2048, H=576, V=49152)],
-            "gpu": [Size(torch.bfloat16, N=8192, H=4096, V=131072)],
-        },
-        inputs=inputs,
+    Benchmark.of(
+        CASE,
         reference=reference_with_gradients,
-        providers=providers(forward_and_backward, trl.NEEDS_BACKWARD),
+        providers=providers(with_gradients(CASE.prepare), forward_and_backward, trl.NEEDS_BACKWARD),
         baseline="torch",
-        # both matrices read, both gradients written
-        bytes=Count(
-            "2·(N + V)·H·itemsize + 20·N",
-            lambda size: 2 * matrix_bytes(size) + 20 * size["N"],
-        ),
-        # the useful ones: logits, dX, dW. Who makes the logits again does 8·N·H·V
-        flops=Count("6·N·H·V", lambda size: 6 * size["N"] * size["H"] * size["V"]),
     ),
 )

@@ -13,48 +13,16 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.benchmarks.head import by_parts, head_inputs, linear_logprobs_of, part_slices
+from fastppo.benchmarks.head import by_parts, linear_logprobs_of
 from fastppo.benchmarks.peers import liger, trl, verl
-from fastppo.benchmarks.registry import (
-    Call,
-    Case,
-    Count,
-    Inputs,
-    Outputs,
-    Provider,
-    Size,
-    forward_backward,
-)
+from fastppo.benchmarks.registry import Benchmark, Provider, each_call, forward_backward
+from fastppo.profiling.case import Call, Inputs, Outputs, Prepare, Size
+from fastppo.profiling.head_cases import CLIP, linear_ppo_loss
+from fastppo.profiling.op_cases import CASES
 
-CLIP = 0.2
-CONFIG = ops.PPOLossConfig(clip_coef_low=CLIP, clip_coef_high=CLIP)
+CASE = CASES["linear_ppo_loss"]
 Scorer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-LEAVES = ("hidden", "weight")
 ROWS = ("hidden", "targets", "old_logprobs", "advantages", "weights")
-
-
-def inputs(size: Size, device: torch.device, seed: int) -> Inputs:
-    """A fifth of the ratios is far outside the clip range, the others are well inside: rounding
-    must not decide which rows have a gradient."""
-    n, b = size["N"], size["B"]
-    x = head_inputs(size, device, seed)
-    rng = torch.Generator(device).manual_seed(seed + 1)
-    chance, sign, small = torch.rand(3, n, generator=rng, device=device)
-    log_ratio = torch.where(chance < 0.2, (sign - 0.5).sign() * 0.5, 0.16 * (small - 0.5))
-    hidden, weight = x["hidden"].float(), x["weight"].float()
-    with torch.no_grad():
-        new = [
-            linear_logprobs_of(hidden[rows], weight, x["targets"][rows])[0]
-            for rows in part_slices(n, size["V"])
-        ]
-    per_sequence = torch.randn(b, generator=rng, device=device)
-    return {
-        **x,
-        "old_logprobs": torch.cat(new) - log_ratio,
-        "advantages": per_sequence.repeat_interleave(n // b),
-        "per_sequence": per_sequence,
-        "weights": torch.full((n,), 1 / n, device=device),
-    }
 
 
 def clipped_loss(logprobs: Tensor, x: Inputs) -> Tensor:
@@ -75,28 +43,23 @@ def loss_of(scorer: Scorer) -> Callable[[Inputs, Size], Outputs]:
     return function
 
 
-def fastppo(low_memory: bool) -> Callable[[Inputs, Size], Call]:
-    def function(x: Inputs, size: Size) -> Outputs:
-        loss, metrics = ops.linear_ppo_loss(
-            x["hidden"],
-            x["weight"],
-            x["targets"],
-            x["old_logprobs"],
-            x["advantages"],
-            x["weights"],
-            CONFIG,
-            num_live=size["N"],
-            low_memory=low_memory,
-        )
-        return {"loss": loss, "entropy": metrics[ENTROPY] / size["N"]}
+def fastppo(**options: bool) -> Prepare:
+    def prepare(x: Inputs, size: Size) -> Call:
+        call = linear_ppo_loss(x, size, **options)
 
-    return forward_backward(function, LEAVES)
+        def measured() -> Outputs:
+            outputs = call()
+            return {"loss": outputs["loss"], "entropy": outputs["metrics"][ENTROPY] / size["N"]}
+
+        return measured
+
+    return with_gradients(prepare)
 
 
 def compiled(x: Inputs, size: Size) -> Call:
     """The whole loss, compiled for one size."""
     function = torch.compile(loss_of(linear_logprobs_of), dynamic=False)
-    return forward_backward(function, LEAVES)(x, size)
+    return with_gradients(each_call(function))(x, size)
 
 
 def liger_chunked(x: Inputs, size: Size) -> Outputs:
@@ -117,7 +80,7 @@ def liger_kernel(x: Inputs, size: Size) -> Call:
         return {"loss": loss}
 
     laid_out = {**x, "hidden": liger.with_last_row(x["hidden"], size["B"])}
-    run = forward_backward(function, LEAVES)(laid_out, size)
+    run = with_gradients(each_call(function))(laid_out, size)
 
     def call() -> Outputs:
         outputs = dict(run())
@@ -133,36 +96,28 @@ def reference(x: Inputs, size: Size) -> Outputs:
         x,
         size["V"],
         per_row=ROWS,
-        leaves=LEAVES,
+        leaves=CASE.leaves,
         upstream=lambda out, x: out["loss"],
     )
 
 
-def through(scorer: Scorer) -> Callable[[Inputs, Size], Call]:
-    return forward_backward(loss_of(scorer), LEAVES)
+def with_gradients(prepare: Prepare) -> Prepare:
+    return forward_backward(prepare, CASE.leaves)
+
+
+def through(scorer: Scorer) -> Prepare:
+    return with_gradients(each_call(loss_of(scorer)))
 
 
 ENTROPY = ops.PPO_METRIC_NAMES.index("entropy")
 NO_ENTROPY = {"entropy": liger.NO_ENTROPY}
 
-CASES = (
-    Case(
-        name="linear_ppo_loss",
-        sizes={
-            "smoke": [
-                Size(N=48, B=4, H=32, V=1000),
-                Size(torch.bfloat16, N=48, B=4, H=32, V=1000),
-            ],
-            "cpu": [Size(N=2048, B=4, H=576, V=49152)],
-            "gpu": [
-                Size(torch.bfloat16, N=8192, B=8, H=4096, V=131072),
-                Size(torch.bfloat16, N=16384, B=16, H=896, V=151936),
-            ],
-        },
-        inputs=inputs,
+BENCHMARKS = (
+    Benchmark.of(
+        CASE,
         reference=reference,
         providers={
-            "fastppo": Provider(prepare=fastppo(low_memory=False)),
+            "fastppo": Provider(prepare=fastppo()),
             "fastppo low memory": Provider(
                 prepare=fastppo(low_memory=True), note="4 matrix passes, over vocabulary tiles"
             ),
@@ -175,7 +130,7 @@ CASES = (
                 prepare=through(trl.fused_linear_logprobs), needs=trl.NEEDS, devices=("cuda",)
             ),
             "Liger chunked": Provider(
-                prepare=forward_backward(liger_chunked, LEAVES),
+                prepare=with_gradients(each_call(liger_chunked)),
                 needs=liger.NEEDS,
                 omits=NO_ENTROPY,
                 note="sums dW over sequences in the dtype of the weight",
@@ -190,14 +145,5 @@ CASES = (
             ),
         },
         baseline="torch",
-        # both matrices read, both gradients written; five numbers a row
-        bytes=Count(
-            "2·(N + V)·H·itemsize + 24·N",
-            lambda size: (
-                2 * (size["N"] + size["V"]) * size["H"] * size.dtype.itemsize + 24 * size["N"]
-            ),
-        ),
-        # the useful ones: logits, dX, dW. Who makes the logits again does 8·N·H·V
-        flops=Count("6·N·H·V", lambda size: 6 * size["N"] * size["H"] * size["V"]),
     ),
 )

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Outputs, Provider, Size
+from fastppo.benchmarks.registry import Benchmark, Provider
 from fastppo.ppo.experience import PackedBatch
+from fastppo.profiling.case import Call, Count, Inputs, Outputs, Size
 
 Array = NDArray[Any]
 
@@ -115,8 +116,8 @@ def counted(outputs: Outputs, x: Inputs) -> Outputs:
 
 
 NOT_MADE = {name: "not needed by a padded model" for name in ("position_ids", "targets", "rows")}
-CASES = (
-    Case(
+BENCHMARKS = (
+    Benchmark(
         name="packing",
         sizes={
             "smoke": [Size(B=8, P=16, R=32)],
@@ -135,10 +136,7 @@ CASES = (
         # per token: id read and written, position written; per response token: id and log-
         # probability read again and written, row written: 12·B·(P + R) + 16·B·R less the ids'
         # second reading, 4 bytes each
-        bytes=Count(
-            "12·B·(P + R) + 16·B·R: ids, positions; targets, rows, log-probabilities",
-            lambda s: 12 * s["B"] * (s["P"] + s["R"]) + 16 * s["B"] * s["R"],
-        ),
+        bytes=Count.read("12·B·(P + R) + 16·B·R"),
         flops=Count("none", lambda s: 0.0),
         counted=counted,
     ),

@@ -14,30 +14,23 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.benchmarks.registry import Case, Count, Inputs, Outputs, Provider, Size
-from fastppo.benchmarks.registry import forward_backward as with_gradients
+from fastppo.benchmarks.registry import Benchmark, Provider, each_call, forward_backward
+from fastppo.profiling.case import Call, Inputs, Outputs, Prepare, Size
+from fastppo.profiling.op_cases import CASES
+from fastppo.profiling.token_cases import PPO_CONFIG as CONFIG
 
-CONFIG = ops.PPOLossConfig(kl_coef=0.05, ent_coef=0.01)
-LEAVES = ("logprobs", "entropy")
+CASE = CASES["ppo_loss"]
 LOSS_ONLY = {"metrics": "loss and gradients only"}
 
 
-def inputs(size: Size, device: torch.device, seed: int) -> Inputs:
-    rng = torch.Generator(device).manual_seed(seed)
-    n = size["N"]
-    names = ("logprobs", "entropy", "old", "advantages", "ref")
-    made = dict(zip(names, 0.3 * torch.randn(5, n, generator=rng, device=device), strict=True))
-    counts = torch.rand(n, generator=rng, device=device) < 0.7
-    return made | {"weights": counts.float() / n}
+def fused(x: Inputs, size: Size) -> Call:
+    call = CASE.prepare(x, size)
 
+    def measured() -> Outputs:
+        outputs = call()
+        return {"loss": outputs["loss"], "metrics": _measured(outputs["metrics"])}
 
-def fused(x: Inputs, size: Size) -> Outputs:
-    loss, metrics = ops.ppo_loss(
-        *(x["logprobs"], x["old"], x["advantages"], x["weights"], CONFIG),
-        entropy=x["entropy"],
-        ref_logprobs=x["ref"],
-    )
-    return {"loss": loss, "metrics": _measured(metrics)}
+    return measured
 
 
 def plain(x: Inputs, size: Size) -> Outputs:
@@ -82,35 +75,25 @@ def _ordered(x: Inputs) -> list[Tensor]:
     return [x[n] for n in ("logprobs", "entropy", "old", "advantages", "weights", "ref")]
 
 
-def reference(x: Inputs, size: Size) -> Outputs:
-    return with_gradients(plain, LEAVES)(x, size)()
+def with_gradients(prepare: Prepare) -> Prepare:
+    return forward_backward(prepare, CASE.leaves)
 
 
-CASES = (
-    Case(
-        name="ppo_loss",
-        sizes={
-            "smoke": [Size(N=1000)],
-            "cpu": [Size(N=4096), Size(N=65_536)],
-            "gpu": [Size(N=65_536), Size(N=1_048_576)],
-        },
-        inputs=inputs,
-        reference=reference,
+def loss_only(loss: Callable[[Inputs, Size], Outputs]) -> Provider:
+    return Provider(prepare=with_gradients(each_call(loss)), omits=LOSS_ONLY)
+
+
+BENCHMARKS = (
+    Benchmark.of(
+        CASE,
+        reference=lambda x, size: with_gradients(each_call(plain))(x, size)(),
         providers={
-            "fastppo": Provider(prepare=with_gradients(fused, LEAVES)),
-            "torch": Provider(prepare=with_gradients(plain, LEAVES)),
-            "torch, loss only": Provider(
-                prepare=with_gradients(eager_loss, LEAVES), omits=LOSS_ONLY
-            ),
-            "torch.compile, loss only": Provider(
-                prepare=with_gradients(compiled_loss, LEAVES), omits=LOSS_ONLY
-            ),
+            "fastppo": Provider(prepare=with_gradients(fused)),
+            "torch": Provider(prepare=with_gradients(each_call(plain))),
+            "torch, loss only": loss_only(eager_loss),
+            "torch.compile, loss only": loss_only(compiled_loss),
         },
         baseline="torch",
-        # logprob, old, advantage, weight, ref, entropy read; two gradients written; all float32
-        bytes=Count("32·N: 6 arrays read, 2 gradients written, fp32", lambda s: 32 * s["N"]),
-        # ratio 3, its branches 5, KL 5, sum 4, gradients 8; transcendentals count as one
-        flops=Count("25·N", lambda s: 25 * s["N"]),
         launch_bound=True,
     ),
 )

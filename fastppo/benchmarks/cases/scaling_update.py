@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Outputs, Provider, Size
+from fastppo.benchmarks.registry import Benchmark, Provider
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep
+from fastppo.profiling.case import Call, Count, Inputs, Outputs, Size
 
 CLIP, VF_COEF = 0.2, 0.5
 REFERENCE_TOKENS = 4096
@@ -188,9 +189,9 @@ TINY = {"H": 192, "L": 1, "V": 256}
 
 def scaling_case(
     name: str, axis: str, cpu: list[dict[str, int]], gpu: list[dict[str, int]]
-) -> Case:
+) -> Benchmark:
     make = partial(Size, torch.float32)
-    return Case(
+    return Benchmark(
         name=name,
         axis=axis,
         sizes={
@@ -212,7 +213,7 @@ def scaling_case(
 
 
 SMOKE = {"T": (64, 128), "S": (16, 32), "R": (25, 75)}
-CASES = (
+BENCHMARKS = (
     scaling_case(
         "update_by_tokens",
         "T",

@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 
 from fastppo.benchmarks.cases import linear_ppo_loss
-from fastppo.benchmarks.registry import Size
+from fastppo.profiling.case import Size
 
-HEAD = linear_ppo_loss.CASES[0]
+HEAD = linear_ppo_loss.BENCHMARKS[0]
 
-CASES = (
+BENCHMARKS = (
     replace(
         HEAD,
         name="head_by_vocabulary",

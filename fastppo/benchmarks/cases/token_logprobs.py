@@ -11,36 +11,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastppo import ops
-from fastppo.benchmarks.head import LOGIT_STD, Prepare, by_parts, compiled, logprobs_of
+from fastppo.benchmarks.head import by_parts, compiled, logprobs_of
 from fastppo.benchmarks.peers import flash_attn, liger, trl
 from fastppo.benchmarks.registry import (
-    Call,
-    Case,
-    Count,
-    Inputs,
-    Outputs,
+    Benchmark,
     Provider,
-    Size,
+    each_call,
     forward_backward,
+    forward_only,
 )
+from fastppo.profiling.case import Call, Inputs, Outputs, Prepare, Size
+from fastppo.profiling.op_cases import CASES
 
-SIZES = {
-    "smoke": [Size(N=48, V=1000), Size(torch.bfloat16, N=48, V=1000)],
-    "cpu": [Size(N=1024, V=49152)],
-    "gpu": [Size(torch.bfloat16, N=8192, V=151936)],
-}
+CASE = CASES["token_logprobs"]
 Scorer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits (N, V), targets → (N,), (N,)
-UPSTREAM = {"logprobs": "g", "entropy": "h"}
-
-
-def inputs(size: Size, device: torch.device, seed: int) -> Inputs:
-    n, v = size["N"], size["V"]
-    rng = torch.Generator(device).manual_seed(seed)
-    logits = torch.randn(n, v, generator=rng, device=device).mul_(LOGIT_STD).to(size.dtype)
-    g, h = torch.randn(2, n, generator=rng, device=device)
-    targets = torch.randint(v, (n,), generator=rng, device=device)
-    return {"logits": logits, "targets": targets, "g": g, "h": h}
 
 
 def eager(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,10 +32,6 @@ def eager(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     log_p = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
     entropy = -(log_p.exp() * log_p).sum(dim=-1)
     return log_p.gather(1, targets[:, None])[:, 0], entropy
-
-
-def fastppo(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.token_logprobs(logits, targets)
 
 
 def outputs_of(scorer: Scorer) -> Callable[[Inputs, Size], Outputs]:
@@ -63,10 +43,7 @@ def outputs_of(scorer: Scorer) -> Callable[[Inputs, Size], Outputs]:
 
 
 def forward(scorer: Scorer) -> Prepare:
-    def prepare(x: Inputs, size: Size) -> Call:
-        return torch.no_grad()(lambda: outputs_of(scorer)(x, size))
-
-    return prepare
+    return forward_only(each_call(outputs_of(scorer)))
 
 
 def flash_forward(x: Inputs, size: Size) -> Call:
@@ -79,7 +56,11 @@ def liger_forward(x: Inputs, size: Size) -> Call:
 
 
 def forward_and_backward(scorer: Scorer) -> Prepare:
-    return forward_backward(outputs_of(scorer), ("logits",), UPSTREAM)
+    return with_gradients(each_call(outputs_of(scorer)))
+
+
+def with_gradients(prepare: Prepare) -> Prepare:
+    return forward_backward(prepare, CASE.leaves, CASE.upstream)
 
 
 def reference(x: Inputs, size: Size) -> Outputs:
@@ -94,15 +75,17 @@ def reference_with_gradient(x: Inputs, size: Size) -> Outputs:
         x,
         size["V"],
         per_row=("logits", "targets", "g", "h"),
-        leaves=("logits",),
+        leaves=CASE.leaves,
         upstream=lambda out, x: (out["logprobs"] * x["g"] + out["entropy"] * x["h"]).sum(),
     )
 
 
-def providers(prepare: Callable[[Scorer], Prepare], plain: Scorer) -> dict[str, Provider]:
+def providers(
+    ours: Prepare, prepare: Callable[[Scorer], Prepare], plain: Scorer
+) -> dict[str, Provider]:
     """Those that do the same in both cases."""
     return {
-        "fastppo": Provider(prepare=prepare(fastppo)),
+        "fastppo": Provider(prepare=ours),
         "torch": Provider(prepare=prepare(plain)),
         "torch.compile": Provider(prepare=compiled(prepare, plain)),
         "TRL kernel": Provider(
@@ -118,18 +101,13 @@ def providers(prepare: Callable[[Scorer], Prepare], plain: Scorer) -> dict[str, 
     }
 
 
-def itemsize(size: Size) -> int:
-    return size.dtype.itemsize
-
-
-CASES = (
-    Case(
-        name="token_logprobs_forward",
-        sizes=SIZES,
-        inputs=inputs,
+BENCHMARKS = (
+    Benchmark.of(
+        CASE,
+        forward=True,
         reference=reference,
         providers={
-            **providers(forward, logprobs_of),
+            **providers(forward_only(CASE.prepare), forward, logprobs_of),
             "flash-attn cross-entropy": Provider(
                 prepare=flash_forward,
                 needs=flash_attn.NEEDS,
@@ -144,25 +122,11 @@ CASES = (
             ),
         },
         baseline="torch",
-        # logits and int64 targets read once, two float32 numbers a row written
-        bytes=Count(
-            "N·V·itemsize + 16·N: the logits read once",
-            lambda size: size["N"] * (size["V"] * itemsize(size) + 16),
-        ),
-        flops=Count("none", lambda size: 0.0),
     ),
-    Case(
-        name="token_logprobs",
-        sizes=SIZES,
-        inputs=inputs,
+    Benchmark.of(
+        CASE,
         reference=reference_with_gradient,
-        providers=providers(forward_and_backward, eager),
+        providers=providers(with_gradients(CASE.prepare), forward_and_backward, eager),
         baseline="torch",
-        # forward as above; backward reads the logits and two gradients a row, writes the gradient
-        bytes=Count(
-            "3·N·V·itemsize + 32·N: the logits read twice, their gradient written",
-            lambda size: size["N"] * (3 * size["V"] * itemsize(size) + 32),
-        ),
-        flops=Count("none", lambda size: 0.0),
     ),
 )

@@ -12,30 +12,17 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.benchmarks.registry import Case, Count, Inputs, Outputs, Provider, Size
-from fastppo.benchmarks.registry import forward_backward as with_gradients
+from fastppo.benchmarks.registry import Benchmark, Provider, each_call, forward_backward
+from fastppo.profiling.case import Inputs, Outputs, Prepare, Size
+from fastppo.profiling.op_cases import CASES
+from fastppo.profiling.token_cases import CLIP, VALUE_INPUTS
 
-CLIP = 0.2
-LEAVES = ("values",)
+CASE = CASES["value_loss"]
 LOSS_ONLY = {"metrics": "loss and gradient only"}
-ORDER = ("values", "old_values", "returns", "weights")
-
-
-def inputs(size: Size, device: torch.device, seed: int) -> Inputs:
-    rng = torch.Generator(device).manual_seed(seed)
-    n = size["N"]
-    made = dict(zip(ORDER, 0.3 * torch.randn(3, n, generator=rng, device=device), strict=False))
-    counts = torch.rand(n, generator=rng, device=device) < 0.7
-    return made | {"weights": counts.float() / n}
-
-
-def fused(x: Inputs, size: Size) -> Outputs:
-    loss, metrics = ops.value_loss(*(x[name] for name in ORDER), clip=CLIP)
-    return {"loss": loss, "metrics": metrics}
 
 
 def plain(x: Inputs, size: Size) -> Outputs:
-    values, old, returns, weights = (x[name] for name in ORDER)
+    values, old, returns, weights = (x[name] for name in VALUE_INPUTS)
     loss, metrics = ops.value_loss_reference(values, old, returns, weights, clip=CLIP)
     return {"loss": loss, "metrics": metrics}
 
@@ -53,42 +40,32 @@ def compiled_dense() -> Callable[..., Tensor]:
 
 
 def eager_loss(x: Inputs, size: Size) -> Outputs:
-    return {"loss": dense(*(x[name] for name in ORDER))}
+    return {"loss": dense(*(x[name] for name in VALUE_INPUTS))}
 
 
 def compiled_loss(x: Inputs, size: Size) -> Outputs:
-    return {"loss": compiled_dense()(*(x[name] for name in ORDER))}
+    return {"loss": compiled_dense()(*(x[name] for name in VALUE_INPUTS))}
 
 
-def reference(x: Inputs, size: Size) -> Outputs:
-    return with_gradients(plain, LEAVES)(x, size)()
+def with_gradients(prepare: Prepare) -> Prepare:
+    return forward_backward(prepare, CASE.leaves)
 
 
-CASES = (
-    Case(
-        name="value_loss",
-        sizes={
-            "smoke": [Size(N=1000)],
-            "cpu": [Size(N=65_536)],
-            "gpu": [Size(N=65_536), Size(N=1_048_576)],
-        },
-        inputs=inputs,
-        reference=reference,
+def loss_only(loss: Callable[[Inputs, Size], Outputs]) -> Provider:
+    return Provider(prepare=with_gradients(each_call(loss)), omits=LOSS_ONLY)
+
+
+BENCHMARKS = (
+    Benchmark.of(
+        CASE,
+        reference=lambda x, size: with_gradients(each_call(plain))(x, size)(),
         providers={
-            "fastppo": Provider(prepare=with_gradients(fused, LEAVES)),
-            "torch": Provider(prepare=with_gradients(plain, LEAVES)),
-            "torch, loss only": Provider(
-                prepare=with_gradients(eager_loss, LEAVES), omits=LOSS_ONLY
-            ),
-            "torch.compile, loss only": Provider(
-                prepare=with_gradients(compiled_loss, LEAVES), omits=LOSS_ONLY
-            ),
+            "fastppo": Provider(prepare=with_gradients(CASE.prepare)),
+            "torch": Provider(prepare=with_gradients(each_call(plain))),
+            "torch, loss only": loss_only(eager_loss),
+            "torch.compile, loss only": loss_only(compiled_loss),
         },
         baseline="torch",
-        # v, v_old, R, w read; one gradient written; all float32
-        bytes=Count("20·N: 4 arrays read, 1 gradient written, fp32", lambda s: 20 * s["N"]),
-        # two errors squared 5, clip 3, larger one and sum 4, gradient 3
-        flops=Count("15·N", lambda s: 15 * s["N"]),
         launch_bound=True,
     ),
 )

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastppo import ops
-from fastppo.benchmarks.registry import Call, Case, Count, Inputs, Outputs, Provider, Size
-
-
-def inputs(size: Size, device: torch.device, seed: int) -> Inputs:
-    rng = torch.Generator(device).manual_seed(seed)
-    n = size["N"]
-    x = 3.0 + torch.randn(n, generator=rng, device=device)
-    return {"advantages": x, "mask": torch.rand(n, generator=rng, device=device) < 0.8}
-
-
-def fastppo(x: Inputs, size: Size) -> Call:
-    return lambda: {"whitened": ops.whiten(x["advantages"], x["mask"])}
+from fastppo.benchmarks.registry import Benchmark, Provider
+from fastppo.profiling.case import Call, Inputs, Outputs, Size
+from fastppo.profiling.op_cases import CASES
 
 
 def masked_whiten(x: Inputs, size: Size) -> Call:
@@ -32,24 +22,16 @@ def masked_whiten(x: Inputs, size: Size) -> Call:
     return call
 
 
-CASES = (
-    Case(
-        name="whiten",
-        sizes={
-            "smoke": [Size(N=1000)],
-            "cpu": [Size(N=65_536), Size(N=1_048_576)],
-            "gpu": [Size(N=65_536), Size(N=1_048_576)],
-        },
-        inputs=inputs,
+CASE = CASES["whiten"]
+BENCHMARKS = (
+    Benchmark.of(
+        CASE,
         reference=lambda x, size: masked_whiten(x, size)(),
         providers={
-            "fastppo": Provider(prepare=fastppo),
+            "fastppo": Provider(prepare=CASE.prepare),
             "masked_whiten": Provider(prepare=masked_whiten, note="of TRL and verl"),
         },
         baseline="masked_whiten",
-        # x and the mask are read once, in the best case; the result is written
-        bytes=Count("9·N: x, mask read, result written, fp32", lambda s: 9 * s["N"]),
-        flops=Count("6·N", lambda s: 6 * s["N"]),
         launch_bound=True,
         counted=lambda outputs, x: {"whitened": outputs["whitened"][x["mask"]]},
     ),
