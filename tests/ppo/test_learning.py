@@ -46,18 +46,10 @@ def stops_after_two(completion_ids: list[list[int]], **_: Any) -> list[float]:
 TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "emit-a-token": (emits_a_seven, {"num_iterations": 20}),
     "repeat-the-prompt": (repeats_the_prompt, {"num_iterations": 40, "max_response_length": 1}),
-    # A constant rate of 3e-3 finds the end, and then some seeds lose it again; one that is 0 after
-    # 20 iterations leaves some seeds on the way. Which seeds is a matter of rounding.
-    "stop-after-two": (stops_after_two, {"num_iterations": 40, "lr_schedule": "linear"}),
+    "stop-after-two": (stops_after_two, {"num_iterations": 40}),
     "stop-after-two-grpo": (
         stops_after_two,
-        {
-            "num_iterations": 40,
-            "lr_schedule": "linear",
-            "advantage": "grpo",
-            "n_samples": 8,
-            "prompts_per_iteration": 16,
-        },
+        {"num_iterations": 40, "advantage": "grpo", "n_samples": 8, "prompts_per_iteration": 16},
     ),
 }
 
@@ -76,7 +68,9 @@ def test_a_tiny_model_learns_from_scratch(
         "learning_rate": 3e-3,
         "ent_coef": 0.01,
         "update_epochs": 2,
-        "lr_schedule": "constant",
+        # A rate of 3e-3 that stays finds the end, and then some runs lose it again; one that is 0
+        # too early leaves some on the way. Which runs is a matter of rounding.
+        "lr_schedule": "linear",
         "sample_interval": 0,
         "precision": "fp32",
         "device": "cpu",
