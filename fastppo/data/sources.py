@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+_LONGEST_VALUE = 1 << 30  # characters of a CSV value; left alone, csv refuses documents of 131,073
 _Row = tuple[str, Any]  # where it is, for errors ("x.jsonl, line 3"), and the record
 
 _FORMS = (
@@ -78,6 +79,7 @@ def _check_prompt(where: str, prompt: Any) -> None:
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError(f"{where}: prompt is an empty string; remove the record")
+        _check_text(where, "prompt", prompt)
         return
     if not isinstance(prompt, list):
         raise TypeError(
@@ -97,6 +99,17 @@ def _check_prompt(where: str, prompt: Any) -> None:
                 f"{where}: the content of prompt[{index}] must be a string (only text is "
                 f"supported), got {type(message.get('content')).__name__}"
             )
+        _check_text(where, f"the content of prompt[{index}]", message.get("content") or "")
+
+
+def _check_text(where: str, what: str, text: str) -> None:
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {what} has half of a surrogate pair at character {error.start}, as of a cut "
+            "emoji, which no tokenizer takes; mend the text or remove the record"
+        ) from None
 
 
 def _read_path(spec: str, base_dir: str | Path | None) -> list[_Row]:
@@ -159,6 +172,7 @@ def _read_csv(path: Path) -> list[_Row]:
     rows: list[_Row] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
+        before = csv.field_size_limit(_LONGEST_VALUE)  # of the whole process
         try:
             header = next(reader, [])
             if len(set(header)) != len(header):
@@ -175,6 +189,8 @@ def _read_csv(path: Path) -> list[_Row]:
                 rows.append((where, dict(zip(header, values, strict=True))))
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
+        finally:
+            csv.field_size_limit(before)
     return rows
 
 

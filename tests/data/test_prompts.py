@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -107,6 +108,13 @@ def test_csv_values_are_strings(tmp_path: Path) -> None:
     ]
 
 
+def test_a_csv_value_may_be_a_document(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    file = write(tmp_path / "x.csv", f"prompt,text\na,{'x' * 200_000}\n")
+    assert load_records(file) == [{"prompt": "a", "text": "x" * 200_000}]
+    assert csv.field_size_limit() == before
+
+
 def test_json_lines_with_mark_blank_lines_and_odd_separators(tmp_path: Path) -> None:
     file = write(
         tmp_path / "x.jsonl", '\ufeff{"prompt": "a\u2028b"}\r\n\n  \n{"prompt": "c", "x": 1}'
@@ -124,6 +132,16 @@ def test_records_are_new_dicts() -> None:
     ("name", "text", "message"),
     [
         ("x.jsonl", '{"prompt": "a"}\n\n{"prompt": }\n', r"x.jsonl, line 3: not valid JSON"),
+        (
+            "x.jsonl",
+            '{"prompt": "a"}\n{"prompt": "b \\ud83d c"}\n',
+            r"x.jsonl, line 2: prompt has half of a surrogate pair at character 2",
+        ),
+        (
+            "x.json",
+            '[{"prompt": [{"role": "user", "content": "\\ud83d"}]}]',
+            r"x.json, row 0: the content of prompt\[0\] has half of a surrogate pair",
+        ),
         ("x.json", '[{"prompt": "a"},\n{]', r"x.json, line 2: not valid JSON"),
         ("x.jsonl", '{"prompt": "a"}\n"b"\n', r"x.jsonl, line 2 must be a record .* got str"),
         ("x.jsonl", '{"text": "a", "y": 1}\n', r"must have a 'prompt' column, got columns text, y"),
@@ -220,15 +238,6 @@ def test_missing_optional_package_says_what_to_install(
         monkeypatch.setitem(sys.modules, loaded, None)  # import then raises ImportError
     with pytest.raises(ImportError, match=rf"needs {module}.*pip install 'fastppo\[datasets\]'"):
         load_records(name, tmp_path)
-
-
-def test_json_and_csv_need_no_optional_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("pyarrow", "datasets", "pandas"):
-        monkeypatch.setitem(sys.modules, module, None)
-    assert load_records(write(tmp_path / "x.csv", "prompt\na\n")) == [{"prompt": "a"}]
-    assert load_records(write(tmp_path / "x.jsonl", '{"prompt": "a"}')) == [{"prompt": "a"}]
 
 
 # Tokenising
