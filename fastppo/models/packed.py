@@ -3,7 +3,7 @@
     hidden = model.hidden(batch)                 # (T, H), every token once, no padding
     rows = hidden[batch.rows]                    # (N, H), only what predicts a response token
     head = model.head                            # rows @ head.weight.T are the logits
-    logprobs = model.logprobs(batch, 1.0)        # (N,), of the response tokens
+    found = model.logprobs(batch, 1.0)           # (N,) each, of the response tokens
 
 Whatever role a model has (actor, reference, critic, reward model, the model of SFT or DPO), it runs
 through here, and nothing else calls a transformers model. Trunk and head are apart so that prompt
@@ -125,8 +125,9 @@ class PackedModel:
         *,
         hidden: Tensor | None = None,
         fp32_logits: bool = False,
-    ) -> Tensor:
-        """Log-probabilities (N,) fp32, in nats, of the response tokens.
+    ) -> ops.LogProbs:
+        """Log-probabilities of the response tokens, and the entropy of the distributions that they
+        were drawn from: (N,) fp32 each, in nats.
 
         Args:
             batch: the sequences.
@@ -145,7 +146,7 @@ class PackedModel:
                 bias=bias,
                 temperature=temperature,
                 fp32_logits=fp32_logits,
-            ).logprobs
+            )
 
     @property
     def head(self) -> Head:

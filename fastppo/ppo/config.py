@@ -188,7 +188,8 @@ class UpdateConfig(Options):
     num_minibatches: int = option(4, "≥ 1")
     """Optimiser steps per pass."""
     target_kl: float | None = option(None, "> 0", only_if="update_epochs ≥ 2")
-    """Stop the epochs of an iteration once approx_kl exceeds this, in nats per token."""
+    """Stop the epochs of an iteration once approx_kl exceeds this, in nats per token that was
+    computed (see `coverage`)."""
     kl_warning: float = option(1.0, "≥ 0", may_differ=True)
     """Warn, and keep the batch, where approx_kl or kl exceeds this, in nats per token; 0: never."""
     entropy_warning: float = option(0.01, "≥ 0", may_differ=True)

@@ -39,6 +39,8 @@ class PackedBatch(PackedSequences):
     """(N,) fp32 nats, the engine's, at its temperature."""
     old_logprobs: Tensor | None = packed("responses", "float", optional=True)
     """(N,) fp32 nats, of the policy before the update."""
+    entropy: Tensor | None = packed("responses", "float", optional=True)
+    """(N,) fp32 nats, of the policy before the update, at the sampling temperature."""
     ref_logprobs: Tensor | None = packed("responses", "float", optional=True)
     """(N,) fp32 nats, of the reference policy."""
     values: Tensor | None = packed("responses", "float", optional=True)

@@ -10,8 +10,9 @@ Nothing is read back inside the minibatch loop: all metrics come in one copy per
 per epoch where `target_kl` is set. `advantages` reads, once, which tokens count and which of them
 have an advantage of 0, so that no micro-batch has to ask for the number of its rows. Tokens of
 advantage 0 that no KL term or entropy bonus needs never reach the head, and without a critic whole
-responses of them not even the trunk. The policy's metrics, approx_kl and entropy among them, are
-means over the tokens that did reach the head.
+responses of them not even the trunk. What is measured in the update, approx_kl among it, is a mean
+over the tokens that did, and `coverage` says which share of all that count these are. The entropy
+is that of all of them, from `evaluate`.
 
 Faults: a pass that runs out of memory is repeated with half the token budget, which does not change
 the gradient; a step whose loss or gradient is not finite changes nothing. An update that a signal
@@ -107,8 +108,8 @@ class PPOStep:
         """Fill in old and reference log-probabilities, values and bootstrap values.
 
         Returns:
-            The batch on the policy's device with `old_logprobs` (N,) at the sampling temperature,
-            `ref_logprobs` (N,) where there is a reference, `values` (N,) and `bootstrap` (B,)
+            The batch on the policy's device with `old_logprobs` and `entropy` (N,) at the sampling
+            temperature, `ref_logprobs` (N,) where there is a reference, `values` (N,) and `bootstrap` (B,)
             where there is a critic; all fp32.
 
         Raises:
@@ -145,10 +146,11 @@ class PPOStep:
         }
         with record_function("fastppo::old_logprobs"):
             hidden = policy.actor.hidden(batch)  # (T, H)
-            fields = {"old_logprobs": policy.actor.logprobs(batch, hidden=hidden, **scale)}
+            found = policy.actor.logprobs(batch, hidden=hidden, **scale)
+            fields = {"old_logprobs": found.logprobs, "entropy": found.entropy}
         with record_function("fastppo::ref"):
             if policy.reference is not None:
-                fields["ref_logprobs"] = policy.reference.logprobs(batch, **scale)
+                fields["ref_logprobs"] = policy.reference.logprobs(batch, **scale).logprobs
         if policy.value_head is not None:
             with record_function("fastppo::values"):
                 hidden = policy.critic_hidden(batch, hidden)
@@ -217,7 +219,9 @@ class PPOStep:
             self._train(batch, progress)
             has_critic = self.critic_optimizer is not None
             metrics, skipped = retried(
-                lambda: update_metrics.read(batch, progress.steps, has_critic=has_critic),
+                lambda: update_metrics.read(
+                    batch, progress.steps, epochs=progress.epoch, has_critic=has_critic
+                ),
                 self.device,
             )
             self._count_nonfinite(

@@ -28,17 +28,25 @@ class StepStats(NamedTuple):
 
 
 def read(
-    batch: PackedBatch, steps: list[StepStats], *, has_critic: bool
+    batch: PackedBatch, steps: list[StepStats], *, epochs: int, has_critic: bool
 ) -> tuple[dict[str, float], list[bool]]:
     """CleanRL's metrics over all optimiser steps, and which of the steps were skipped.
 
+    Args:
+        batch: the rollout batch.
+        steps: of the update.
+        epochs: passes over the batch that they made.
+        has_critic: whether there is a value loss.
+
     Returns:
-        Means over the response tokens that reached the head; the losses and the gradient norms are
-        means over steps. What has no input (no reference, no critic, no rollout log-probabilities,
+        Means over the response tokens that reached the head, `coverage` of all that count; the
+        losses and the gradient norms are means over steps. What has no input (no reference, no critic, no rollout log-probabilities,
         no such token) is NaN or left out.
     """
     reduced = ops.reduce_ppo_metrics([step.policy for step in steps])
     scalars = {**reduced, **batch_metrics(batch)}
+    assert batch.loss_mask is not None
+    scalars["coverage"] = reduced["num_tokens"] / (epochs * batch.loss_mask.sum()).clamp(min=1)
     for name in ("policy_loss", "kl_loss"):  # these add up over the steps
         scalars[name] = scalars[name] / len(steps)
     scalars["actor_grad_norm"] = torch.stack([step.actor_norm for step in steps]).mean()
@@ -49,17 +57,18 @@ def read(
     host = torch.cat([values, torch.stack([step.skipped for step in steps])]).tolist()
     metrics = {"value_loss": math.nan, **dict(zip(scalars, host, strict=False))}
     if not metrics["num_tokens"]:  # of nothing there is no mean
-        sums = ("num_tokens", "policy_loss", "kl_loss")
-        metrics |= {name: math.nan for name in reduced if name not in sums}
+        known = ("num_tokens", "policy_loss", "kl_loss", "entropy")
+        metrics |= {name: math.nan for name in reduced if name not in known}
     skipped = [bool(flag) for flag in host[len(scalars) :]]
     metrics["nonfinite_steps"] = float(sum(skipped))
     return metrics, skipped
 
 
 def batch_metrics(batch: PackedBatch) -> dict[str, Tensor]:
-    """`kl`, `kl_sequence`, `explained_variance` and `dropped` of a rollout batch, as () tensors.
+    """`entropy`, `kl`, `kl_sequence`, `explained_variance` and `dropped` of a rollout batch, as ()
+    tensors.
 
-    The KL is k1, the mean of ln π_old − ln π_ref: per token, and summed per sequence. The explained
+    The entropy is the policy's before the update, over all tokens that count. The KL is k1, the mean of ln π_old − ln π_ref: per token, and summed per sequence. The explained
     variance is 1 − Var(returns − values) / Var(returns), 0 where the returns do not vary. `dropped`
     is the share of sequences of which no token is in the loss.
     """
@@ -67,7 +76,10 @@ def batch_metrics(batch: PackedBatch) -> dict[str, Tensor]:
     assert mask is not None
     count = mask.sum().clamp(min=1)
     nan = torch.full((), math.nan, device=batch.device)
-    result = {"kl": nan, "kl_sequence": nan, "explained_variance": nan}
+    result = {"entropy": nan, "kl": nan, "kl_sequence": nan, "explained_variance": nan}
+    if batch.entropy is not None:
+        entropy = torch.where(mask, batch.entropy, 0.0).sum() / count
+        result["entropy"] = torch.where(mask.any(), entropy, nan)
     result["dropped"] = 1.0 - num_valid_sequences(batch) / batch.num_sequences
     if batch.ref_logprobs is not None and batch.old_logprobs is not None:
         kl = torch.where(mask, batch.old_logprobs - batch.ref_logprobs, 0.0).sum()

@@ -271,3 +271,76 @@ def test_ragged_arithmetic() -> None:
     assert ragged_arange(np.array([10, 5, 0], np.int32), lengths).tolist() == [10, 11, 0, 1, 2]
     with pytest.raises(ValueError, match=r"lengths: expected a sum ≤ 2147483647 .*got 4294967294"):
         offsets(np.full(2, 2**31 - 1, np.int32))
+
+
+# The border to padded tensors
+
+IDS = torch.tensor([[0, 0, 5, 6, 7, 8], [3, 0, 4, 9, 0, 2], [1, 2, 3, 4, 5, 6]])
+# left-padded; holes in the middle and between; full
+PROMPT = torch.tensor([[0, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+RESPONSE = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 1]])
+TOOL = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("kind", [PackedBatch, PackedSequences])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_padded_sequences_are_those_packed_by_hand(kind: Any, dtype: torch.dtype) -> None:
+    masks = (mask.to(dtype) for mask in (PROMPT, RESPONSE, TOOL))
+    batch = kind.from_padded(IDS, *masks)
+    expected = kind.pack(
+        [[5, 6], [3], [1, 2, 3, 4, 5]],
+        [[7, 8], [4, 9, 2], [6]],
+        loss_mask=[[True, True], [True, False, True], [True]],
+    )
+    for name in ("input_ids", "position_ids", "cu_seqlens", "targets", "rows", "loss_mask"):
+        assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+    assert batch.valid_lengths.tolist() == [2, 2, 1]  # the tool's token is context without a loss
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("seed", range(3))
+def test_padding_and_back(side: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = [(int(p), int(r)) for p, r in rng.integers([1, 0], [6, 6], (5, 2))]
+    width = 12
+    ids = torch.from_numpy(rng.integers(1, 50, (5, width)))
+    prompt, response = torch.zeros(2, 5, width, dtype=torch.bool)
+    for row, (p, r) in enumerate(lengths):
+        start = width - p - r if side == "left" else 0
+        prompt[row, start : start + p] = True
+        response[row, start + p : start + p + r] = True
+    logprobs = torch.from_numpy(rng.standard_normal((5, width)))
+    batch = PackedBatch.from_padded(ids, prompt, response, rollout_logprobs=logprobs)
+    assert batch.response_lengths.tolist() == [r for _, r in lengths]
+    assert batch.rollout_logprobs is not None
+    back = batch.to_padded(batch.rollout_logprobs, response, fill=-1.0)
+    assert back.dtype == torch.float32
+    assert torch.equal(back, torch.where(response, logprobs.float(), -1.0))
+    targets = batch.to_padded(batch.targets, response)
+    assert torch.equal(targets.long(), torch.where(response, ids, 0))
+
+
+@pytest.mark.parametrize(
+    ("masks", "name"),
+    [
+        ((PROMPT, RESPONSE[:, :5]), "response_mask: expected shape"),
+        ((PROMPT, RESPONSE, TOOL[:2]), "loss_mask: expected shape"),
+        ((PROMPT, RESPONSE | PROMPT), r"response_mask: .* got one at \[0, 2\]"),
+        ((RESPONSE, PROMPT), r"prompt_mask: .* got one after it at \[0, 4\]"),
+        ((PROMPT * 0, RESPONSE), "prompts"),
+    ],
+    ids=["shape", "loss-shape", "overlap", "order", "no-prompt"],
+)
+def test_masks_that_make_no_sense_are_refused(masks: tuple[Tensor, ...], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        PackedSequences.from_padded(IDS, *masks)
+
+
+def test_to_padded_refuses_other_shapes() -> None:
+    batch = PackedBatch.from_padded(IDS, PROMPT, RESPONSE)
+    with pytest.raises(ValueError, match="x: expected shape"):
+        batch.to_padded(torch.zeros(5), RESPONSE)
+    with pytest.raises(ValueError, match="response_mask: expected shape"):
+        batch.to_padded(torch.zeros(6), RESPONSE[:2])
+    with pytest.raises(ValueError, match="rollout_logprobs: expected shape"):
+        PackedBatch.from_padded(IDS, PROMPT, RESPONSE, rollout_logprobs=torch.zeros(3, 2))

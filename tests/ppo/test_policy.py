@@ -84,7 +84,7 @@ def make_batch(seed: int = 0) -> PackedBatch:
 
 
 def logprobs(policy: Policy, batch: PackedBatch) -> Tensor:
-    return policy.actor.logprobs(batch, TEMPERATURE)
+    return policy.actor.logprobs(batch, TEMPERATURE).logprobs
 
 
 def train_once(policy: Policy, batch: PackedBatch, lr: float = 0.1) -> None:
@@ -255,11 +255,11 @@ def test_copied_reference_stays_where_the_policy_started(
     )
     with torch.no_grad():
         start = logprobs(policy, batch)
-    ref = policy.reference.logprobs(batch, TEMPERATURE)
+    ref = policy.reference.logprobs(batch, TEMPERATURE).logprobs
     assert ref is not None and ref.dtype == torch.float32 and not ref.requires_grad
     torch.testing.assert_close(ref, start, atol=1e-5 if precision == "fp32" else 0.02, rtol=0)
     train_once(policy, batch)
-    assert torch.equal(policy.reference.logprobs(batch, TEMPERATURE), ref)
+    assert torch.equal(policy.reference.logprobs(batch, TEMPERATURE).logprobs, ref)
     assert not torch.equal(logprobs(policy, batch), start)
 
 
@@ -280,7 +280,9 @@ def test_temperature_divides_the_reference_too() -> None:
     policy, batch = Policy(make_model()), make_batch()
     logits = unpacked_logits(make_model(), batch)
     expected = (logits / 0.5).log_softmax(-1).gather(1, batch.targets.long()[:, None])[:, 0]
-    torch.testing.assert_close(policy.reference.logprobs(batch, 0.5), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        policy.reference.logprobs(batch, 0.5).logprobs, expected, atol=1e-4, rtol=0
+    )
 
 
 def test_given_reference_is_used_and_frozen() -> None:
@@ -288,7 +290,9 @@ def test_given_reference_is_used_and_frozen() -> None:
     logits = unpacked_logits(ref_model, batch)
     policy = Policy(make_model(), reference="model", ref_model=ref_model)
     expected = logits.log_softmax(-1).gather(1, batch.targets.long()[:, None])[:, 0]
-    torch.testing.assert_close(policy.reference.logprobs(batch, 1.0), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        policy.reference.logprobs(batch, 1.0).logprobs, expected, atol=1e-4, rtol=0
+    )
     assert not any(p.requires_grad for p in ref_model.parameters())
 
 
@@ -303,13 +307,13 @@ def test_adapter_reference_is_the_base(precision: Any) -> None:
     base = {n: p for n, p in snapshot(policy.actor.model).items() if "lora_" not in n}
     with torch.no_grad():
         start = logprobs(policy, batch)
-    ref = policy.reference.logprobs(batch, TEMPERATURE)
+    ref = policy.reference.logprobs(batch, TEMPERATURE).logprobs
     assert ref is not None and torch.equal(ref, start)  # a fresh adapter adds exactly nothing
     train_once(policy, batch, lr=1.0)
     train_once(policy, batch, lr=1.0)
     after = snapshot(policy.actor.model)
     assert all(torch.equal(after[name], base[name]) for name in base)
-    assert torch.equal(policy.reference.logprobs(batch, TEMPERATURE), ref)
+    assert torch.equal(policy.reference.logprobs(batch, TEMPERATURE).logprobs, ref)
     assert (logprobs(policy, batch) - ref).abs().max() > 1e-3
     assert all(p.requires_grad for n, p in policy.actor.model.named_parameters() if "lora_" in n)
 
