@@ -340,15 +340,6 @@ class PackedBatch:
         cu = self.cu_responses_host.tolist()
         return [host[start:end] for start, end in itertools.pairwise(cu)]
 
-    def unpack_lists(self, x: Tensor | NDArray[Any]) -> list[list[Any]]:
-        """Cut an (N,) array into B lists of Python numbers (for text and JSON).
-
-        Raises:
-            ValueError: `x` is not (N,).
-        """
-        host = x.detach().cpu() if isinstance(x, Tensor) else x
-        return _C.unpack(host, self.cu_responses_host)
-
 
 def partition(lengths: Ints, k: int) -> list[list[int]]:
     """Divide sequences among k ranks so that each gets nearly the same number of tokens.

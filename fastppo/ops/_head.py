@@ -164,7 +164,7 @@ class HeadGradients:
         (vocab, _), self._dtypes = head.weight.shape, dtypes
         self._x, self._head, self._sum_dtype = x, head, compute_dtype(x)
         self._one = part_size(options, x.device, x.shape[0], vocab) >= x.shape[0]
-        self._needs_bias, self._new = options.needs_bias, x.shape[0] > 0
+        self._new = x.shape[0] > 0
         self.hidden = x.new_empty(x.shape, dtype=dtypes[0]) if options.needs_hidden else None
         weight_dtype = dtypes[1] if self._one else self._sum_dtype
         make = x.new_empty if self._new else x.new_zeros
