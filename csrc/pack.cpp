@@ -1,4 +1,4 @@
-// fastppo._C: PackPlan, Arena, unpack.
+// fastppo._C: PackPlan, Arena.
 
 #include <memory>
 #include <new>
@@ -96,34 +96,6 @@ class PackPlan {
   Plan plan_;
 };
 
-py::list unpack(py::handle values, py::handle cu_seqlens) {
-  Reader reader;
-  const Segment all = reader.sequence(values, "values", Kind::number);
-  const std::vector<std::int64_t> offsets = read_lengths(cu_seqlens, "cu_seqlens");
-  if (offsets.empty() || offsets.front() != 0) {
-    fail("cu_seqlens", "offsets that start at 0",
-         offsets.empty() ? "none" : std::to_string(offsets.front()));
-  }
-  for (std::size_t b = 1; b < offsets.size(); ++b) {
-    if (offsets[b] >= offsets[b - 1]) continue;
-    fail("cu_seqlens[" + std::to_string(b) + "]", "≥ " + std::to_string(offsets[b - 1]),
-         std::to_string(offsets[b]));
-  }
-  if (offsets.back() != all.count) {
-    fail("values", std::to_string(offsets.back()) + " elements, the last of cu_seqlens",
-         std::to_string(all.count));
-  }
-  py::list result(offsets.size() - 1);
-  for (std::size_t b = 0; b + 1 < offsets.size(); ++b) {
-    py::list piece(static_cast<std::size_t>(offsets[b + 1] - offsets[b]));
-    for (std::int64_t i = offsets[b]; i < offsets[b + 1]; ++i) {
-      PyList_SET_ITEM(piece.ptr(), i - offsets[b], element(all, i).release().ptr());
-    }
-    result[b] = std::move(piece);
-  }
-  return result;
-}
-
 }  // namespace
 
 void register_pack(py::module_& m) {
@@ -157,9 +129,6 @@ void register_pack(py::module_& m) {
       .def("fill", [](const PackPlan& p, const py::object& out) { p.fill(out); }, py::arg("out"),
            "Writes the nbytes of the arena into a writable buffer aligned to ALIGNMENT.")
       .def("arena", &PackPlan::arena, "A new filled Arena.");
-
-  m.def("unpack", &unpack, py::arg("values"), py::arg("cu_seqlens"),
-        "Cuts a 1-D array at cu_seqlens into Python lists.");
 }
 
 }  // namespace fastppo

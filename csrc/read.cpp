@@ -10,8 +10,7 @@ const char* elements(Kind kind) {
   switch (kind) {
     case Kind::integer: return "integers";
     case Kind::floating: return "floats (float32 or float64)";
-    case Kind::boolean: return "bools";
-    default: return "numbers in an array";
+    default: return "bools";
   }
 }
 
@@ -65,7 +64,7 @@ std::optional<Dtype> buffer_dtype(const Py_buffer& view) {
 bool matches(Dtype dtype, Kind kind) {
   if (kind == Kind::integer) return is_integer(dtype);
   if (kind == Kind::floating) return dtype == Dtype::f32 || dtype == Dtype::f64;
-  return kind == Kind::number || dtype == Dtype::b8;
+  return dtype == Dtype::b8;
 }
 
 std::string array_description(py::handle given, const Py_buffer& view) {
@@ -181,9 +180,6 @@ Segment Reader::from_buffer(py::handle object, py::handle given, const std::stri
 }
 
 Segment Reader::from_items(py::handle object, const std::string& name, Kind kind) {
-  if (kind == Kind::number) {
-    fail_type(name, std::string("a 1-D sequence of ") + elements(kind), type_name(object));
-  }
   if (kind == Kind::integer) {
     std::vector<std::int64_t>& values = integers_.emplace_back();
     for_items(object, name, [&](Py_ssize_t i, const py::object& item) {
@@ -291,16 +287,6 @@ std::vector<std::int64_t> read_lengths(py::handle object, const std::string& nam
 
 std::int64_t read_integer(py::handle object, const std::string& name) {
   return integer_item(object, name);
-}
-
-py::object element(const Segment& s, std::int64_t i) {
-  switch (s.dtype) {
-    case Dtype::b8: return py::bool_(load<std::uint8_t>(s, i) != 0);
-    case Dtype::f32: return py::float_(static_cast<double>(load<float>(s, i)));
-    case Dtype::f64: return py::float_(load<double>(s, i));
-    case Dtype::u64: return py::int_(load<std::uint64_t>(s, i));
-    default: return py::int_(integer_at(s, i, ""));
-  }
 }
 
 }  // namespace fastppo

@@ -15,8 +15,7 @@ namespace fastppo {
 
 namespace py = pybind11;
 
-// `number` is any of the others, in arrays only (a list has no element type).
-enum class Kind { integer, floating, boolean, number };
+enum class Kind { integer, floating, boolean };
 
 // Reads arguments and keeps alive what the returned segments point to. Array-likes are read in
 // place through the buffer protocol; Python lists are copied once. Use with the GIL held.
@@ -50,9 +49,6 @@ std::vector<std::int64_t> read_lengths(py::handle object, const std::string& nam
 
 // One integer; bool and float are refused.
 std::int64_t read_integer(py::handle object, const std::string& name);
-
-// Element i as a Python object.
-py::object element(const Segment& segment, std::int64_t i);
 
 [[noreturn]] void fail_type(const std::string& where, const std::string& expected,
                             const std::string& got);

@@ -72,9 +72,6 @@ def bins(lengths: Any, token_budget: int) -> list[list[int]]:
 def partition(lengths: Any, k: int) -> list[list[int]]:
     """Karmarkar–Karp: every index once, k parts of nearly equal total length."""
 
-def unpack(values: Any, cu_seqlens: Any) -> list[list[Any]]:
-    """Cut a 1-D array at `cu_seqlens` (from 0 to its length) into lists of Python numbers."""
-
 def gae(
     advantages: Any,
     returns: Any,

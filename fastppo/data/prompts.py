@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -52,7 +51,6 @@ class PromptDataset:
         max_prompt_length: in tokens; None for no limit.
         overlong: what to do with longer prompts: "error" refuses the dataset, "filter" leaves them
             out and counts them.
-        base_dir: what a relative path in `source` starts from.
 
     Raises:
         ValueError: see `load_records`; also a reserved column name, chat prompts mixed with plain
@@ -67,7 +65,6 @@ class PromptDataset:
         *,
         max_prompt_length: int | None = None,
         overlong: Literal["error", "filter"] = "error",
-        base_dir: str | Path | None = None,
     ) -> None:
         if overlong not in ("error", "filter"):
             raise ValueError(f"overlong must be 'error' or 'filter', got {overlong!r}")
@@ -76,7 +73,7 @@ class PromptDataset:
                 f"max_prompt_length must be a positive number of tokens or None, got "
                 f"{max_prompt_length}"
             )
-        records = load_records(source, base_dir)
+        records = load_records(source)
         kinds = [read_prompt_kind(record["prompt"]) for record in records]
         if (
             other := next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)

@@ -22,7 +22,7 @@ _FORMS = (
 )
 
 
-def load_records(source: Any, base_dir: str | Path | None = None) -> list[dict[str, Any]]:
+def load_records(source: Any) -> list[dict[str, Any]]:
     """Reads records with a `prompt` from a file, a folder or memory.
 
     A record that lacks a column which others have gets None there. CSV values stay strings, so a
@@ -31,7 +31,6 @@ def load_records(source: Any, base_dir: str | Path | None = None) -> list[dict[s
     Args:
         source: a path to JSON lines (or a JSON array), CSV or Parquet; the folder of a Hugging Face
             dataset, with "#split" for one that has splits; or a list of dicts or datasets.Dataset.
-        base_dir: what a relative path starts from; the current directory when None.
 
     Returns:
         New dicts, all with the same keys; at least one.
@@ -43,7 +42,7 @@ def load_records(source: Any, base_dir: str | Path | None = None) -> list[dict[s
         ImportError: Parquet or a dataset folder without the `datasets` extra installed.
     """
     if isinstance(source, (str, Path)):
-        name, rows = str(source), _read_path(str(source), base_dir)
+        name, rows = str(source), _read_path(str(source))
     else:
         name, rows = _memory_name(source), _read_memory(source)
     if not rows:
@@ -112,12 +111,12 @@ def _check_text(where: str, what: str, text: str) -> None:
         ) from None
 
 
-def _read_path(spec: str, base_dir: str | Path | None) -> list[_Row]:
-    path = _resolve(spec, base_dir)
+def _read_path(spec: str) -> list[_Row]:
+    path = Path(spec).expanduser()
     split: str | None = None
     if "#" in spec and not path.exists():
         folder, _, split = spec.rpartition("#")
-        path = _resolve(folder, base_dir)
+        path = Path(folder).expanduser()
     if not path.exists():
         raise ValueError(f"dataset {spec!r}: no file or folder {path.absolute()}; give {_FORMS}")
     if path.is_dir():
@@ -137,10 +136,6 @@ def _read_path(spec: str, base_dir: str | Path | None) -> list[_Row]:
         return readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text: {error}; convert it") from error
-
-
-def _resolve(path: str, base_dir: str | Path | None) -> Path:
-    return Path(base_dir or ".") / Path(path).expanduser()
 
 
 def _read_json(path: Path) -> list[_Row]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,7 +164,7 @@ class HeadGradients:
         (vocab, _), self._dtypes = head.weight.shape, dtypes
         self._x, self._head, self._sum_dtype = x, head, compute_dtype(x)
         self._one = part_size(options, x.device, x.shape[0], vocab) >= x.shape[0]
-        self._needs_bias, self._new = options.needs_bias, x.shape[0] > 0
+        self._new = x.shape[0] > 0
         self.hidden = x.new_empty(x.shape, dtype=dtypes[0]) if options.needs_hidden else None
         weight_dtype = dtypes[1] if self._one else self._sum_dtype
         make = x.new_empty if self._new else x.new_zeros
@@ -204,10 +204,10 @@ def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | 
 
 
 def fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rest: Sequence[Any]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """The shapes of `present`; `rest` ends with the options of the op."""
-    inputs = zip((hidden, weight, bias), rest[-3:], strict=True)
+    """The shapes of `present`."""
+    inputs = zip((hidden, weight, bias), needs, strict=True)
     return present(
         [x.new_empty(x.shape) if x is not None and n else None for x, n in inputs], weight
     )

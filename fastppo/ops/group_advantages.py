@@ -14,7 +14,6 @@ or that has one score, gives exactly 0. A NaN score means "not scored": it count
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -77,11 +76,6 @@ def group_advantages_torch(scores: Tensor, group_ids: Tensor, kind: str) -> Tens
     return torch.where(scored & (highest > lowest), centred, 0.0).to(compute_dtype(scores))
 
 
-def _implementation(device: torch.device) -> Callable[[Tensor, Tensor, str], Tensor]:
-    """The computation for a device; the one place that chooses."""
-    return group_advantages_torch
-
-
 def group_advantages(scores: Tensor, group_ids: Tensor, *, kind: Kind) -> Tensor:
     """One advantage per completion.
 
@@ -99,4 +93,4 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, kind: Kind) -> Tensor
     check_tensor("scores", scores, ("B",))
     check_tensor("group_ids", group_ids, (scores.shape[0],), INTS, scores.device)
     check_choice("kind", kind, KINDS)
-    return _implementation(scores.device)(scores.detach(), group_ids, kind)
+    return group_advantages_torch(scores.detach(), group_ids, kind)

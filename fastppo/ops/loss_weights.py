@@ -17,7 +17,6 @@ least one valid token; others have no token to weigh.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -58,11 +57,6 @@ def loss_weights_torch(
     return torch.where(divisor > 0, w / divisor, 0.0)
 
 
-def _implementation(device: torch.device) -> Callable[..., Tensor]:
-    """The computation for a device; the one place that chooses."""
-    return loss_weights_torch
-
-
 def loss_weights(
     cu_seqlens: Tensor, mask: Tensor, *, aggregation: Aggregation, total: float | Tensor
 ) -> Tensor:
@@ -85,4 +79,4 @@ def loss_weights(
     check_cu_seqlens(cu_seqlens, mask.shape[0], mask.device)
     check_choice("aggregation", aggregation, AGGREGATIONS)
     check_total(total)
-    return _implementation(mask.device)(cu_seqlens, mask, aggregation, total)
+    return loss_weights_torch(cu_seqlens, mask, aggregation, total)

@@ -109,8 +109,8 @@ class PPOStep:
 
         Returns:
             The batch on the policy's device with `old_logprobs` and `entropy` (N,) at the sampling
-            temperature, `ref_logprobs` (N,) where there is a reference, `values` (N,) and `bootstrap` (B,)
-            where there is a critic; all fp32.
+            temperature, `ref_logprobs` (N,) where there is a reference, `values` (N,) and
+            `bootstrap` (B,) where there is a critic; all fp32.
 
         Raises:
             ValueError: a token beyond the model's vocabulary, in a batch on the CPU.

@@ -40,8 +40,8 @@ def read(
 
     Returns:
         Means over the response tokens that reached the head, `coverage` of all that count; the
-        losses and the gradient norms are means over steps. What has no input (no reference, no critic, no rollout log-probabilities,
-        no such token) is NaN or left out.
+        losses and the gradient norms are means over steps. What has no input (no reference, no
+        critic, no rollout log-probabilities, no such token) is NaN or left out.
     """
     reduced = ops.reduce_ppo_metrics([step.policy for step in steps])
     scalars = {**reduced, **batch_metrics(batch)}
@@ -68,9 +68,10 @@ def batch_metrics(batch: PackedBatch) -> dict[str, Tensor]:
     """`entropy`, `kl`, `kl_sequence`, `explained_variance` and `dropped` of a rollout batch, as ()
     tensors.
 
-    The entropy is the policy's before the update, over all tokens that count. The KL is k1, the mean of ln π_old − ln π_ref: per token, and summed per sequence. The explained
-    variance is 1 − Var(returns − values) / Var(returns), 0 where the returns do not vary. `dropped`
-    is the share of sequences of which no token is in the loss.
+    The entropy is the policy's before the update, over all tokens that count. The KL is k1, the
+    mean of ln π_old − ln π_ref: per token, and summed per sequence. The explained variance is
+    1 − Var(returns − values) / Var(returns), 0 where the returns do not vary. `dropped` is the share
+    of sequences of which no token is in the loss.
     """
     mask = batch.loss_mask
     assert mask is not None

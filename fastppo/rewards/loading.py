@@ -18,7 +18,6 @@ from fastppo.rewards.model import RewardModel
 
 def resolve_reward(
     spec: str | Path | Callable[..., Any],
-    base_dir: str | Path | None = None,
     *,
     allowed_hosts: Sequence[str] = (),
 ) -> Callable[..., Any]:
@@ -28,8 +27,6 @@ def resolve_reward(
         spec: a callable (returned as it is), "file.py:function", "module:function", the folder of a
             sequence classifier, which becomes a `RewardModel`, or a URL with http or https, which
             becomes an `HTTPReward`.
-        base_dir: what relative paths start from, usually the configuration's folder; the current
-            directory when None.
         allowed_hosts: hosts that an https URL may name.
 
     Raises:
@@ -45,11 +42,11 @@ def resolve_reward(
         )
     if str(spec).lower().startswith(("http://", "https://")):
         return HTTPReward(str(spec), allowed_hosts=allowed_hosts)
-    folder = _resolve(spec, base_dir)
+    folder = Path(spec).expanduser()
     if folder.is_dir():
         return RewardModel(folder)
     if ":" in str(spec):
-        return load_reward_func(str(spec), base_dir)
+        return load_reward_func(str(spec))
     hint = ""
     if folder.suffix == ".py":
         hint = f"; name the function too: '{spec}:function'"
@@ -59,15 +56,14 @@ def resolve_reward(
     )
 
 
-def load_reward_func(spec: str, base_dir: str | Path | None = None) -> Callable[..., Any]:
+def load_reward_func(spec: str) -> Callable[..., Any]:
     """Loads "file.py:function" or "module:function".
 
     A file is executed once and its functions share it; it can import installed modules, not the
     files beside it. Only name files you trust: loading one runs it.
 
     Args:
-        spec: the name; a path is relative to `base_dir`.
-        base_dir: the current directory when None.
+        spec: the name; a path is relative to the current directory.
 
     Raises:
         ValueError: no such file, module or function, or importing it failed (chained).
@@ -77,7 +73,7 @@ def load_reward_func(spec: str, base_dir: str | Path | None = None) -> Callable[
     if not place or not name:
         raise ValueError(f"reward {spec!r} must be written 'file.py:function' or 'module:function'")
     if place.endswith(".py"):
-        module = _load_file(spec, _resolve(place, base_dir))
+        module = _load_file(spec, Path(place).expanduser())
     else:
         try:
             module = importlib.import_module(place)
@@ -100,10 +96,6 @@ def load_reward_func(spec: str, base_dir: str | Path | None = None) -> Callable[
             f"reward {spec!r}: {name!r} must be a function, got {type(function).__name__}"
         )
     return function  # type: ignore[no-any-return]  # callable() narrows Any to nothing useful
-
-
-def _resolve(path: str | Path, base_dir: str | Path | None) -> Path:
-    return Path(base_dir or ".") / Path(path).expanduser()
 
 
 def _load_file(spec: str, file: Path) -> ModuleType:

@@ -1,4 +1,4 @@
-"""fastppo._C against plain Python: packing, bins, partitions, unpacking, and every refusal.
+"""fastppo._C against plain Python: packing, bins, partitions, and every refusal.
 
 What `_C.gae` computes is tested in tests/ops/test_gae.py."""
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import threading
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -140,8 +141,8 @@ def test_utf8_bytes_survive_packing_and_unpacking() -> None:
     texts = ["naïve 🦙", "", "中文 – ≥", "e\u0301\u200d"]
     prompts = [b"\x00"] * len(texts)
     fields = fields_of(_C.PackPlan(prompts, [t.encode() for t in texts]))
-    lists = _C.unpack(fields["targets"], fields["cu_responses"])
-    assert [bytes(x).decode() for x in lists] == texts
+    pieces = np.split(fields["targets"], fields["cu_responses"][1:-1])
+    assert [bytes(x.tolist()).decode() for x in pieces] == texts
 
 
 def test_the_arena_is_aligned_and_so_is_every_field() -> None:
@@ -445,38 +446,16 @@ def test_partition_refuses() -> None:
 
 
 @given(PAIRS)
-def test_unpack_inverts_pack(pairs: list[tuple[list[int], list[int]]]) -> None:
+def test_the_offsets_cut_fields_into_sequences(
+    pairs: list[tuple[list[int], list[int]]],
+) -> None:
     fields = fields_of(_C.PackPlan([p for p, _ in pairs], [r for _, r in pairs]))
-    assert _C.unpack(fields["input_ids"], fields["cu_seqlens"]) == [p + r for p, r in pairs]
-    assert _C.unpack(fields["targets"], fields["cu_responses"]) == [r for _, r in pairs]
-
-
-def test_unpack_gives_python_numbers_of_the_arrays_type() -> None:
-    for array in (
-        np.array([True, False, True]),
-        np.array([0.5, -1.0, np.inf], np.float32),
-        np.array([0.1, 2.0, 3.0]),
-        np.array([2**64 - 1, 1, 0], np.uint64),
-        torch.tensor([1, -2, 3]),
+    for name, ends, expected in (
+        ("input_ids", "cu_seqlens", [p + r for p, r in pairs]),
+        ("targets", "cu_responses", [r for _, r in pairs]),
     ):
-        expected = array.tolist()
-        (first, second) = _C.unpack(array, [0, 1, 3])
-        assert first + second == expected
-        assert {type(x) for x in first + second} == {type(expected[0])}
-
-
-def test_unpack_refuses() -> None:
-    values = np.arange(3)
-    with pytest.raises(ValueError, match="values: expected 2 elements, the last of cu_seqlens"):
-        _C.unpack(values, [0, 2])
-    with pytest.raises(ValueError, match="cu_seqlens: expected offsets that start at 0, got 1"):
-        _C.unpack(values, [1, 3])
-    with pytest.raises(ValueError, match=r"cu_seqlens\[2\]: expected ≥ 3, got 2"):
-        _C.unpack(values, [0, 3, 2])
-    with pytest.raises(ValueError, match="cu_seqlens: .*got none"):
-        _C.unpack(values, [])
-    with pytest.raises(TypeError, match="values: .*numbers in an array.*list"):
-        _C.unpack([1, 2, 3], [0, 3])
+        cuts = pairwise(fields[ends].tolist())
+        assert [fields[name][start:stop].tolist() for start, stop in cuts] == expected
 
 
 @given(st.data())

@@ -62,6 +62,12 @@ def encoded(text: str) -> list[int]:
     return [ID[word] for word in text.split()]
 
 
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths start from there."""
+    monkeypatch.chdir(tmp_path)
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8", newline="")
     return path
@@ -97,7 +103,7 @@ def test_every_source_gives_the_same_records(tmp_path: Path, form: str, rows: li
         source = rows
     else:
         source = datasets.Dataset.from_list(rows)
-    assert load_records(source, tmp_path) == rows
+    assert load_records(source) == rows
 
 
 def test_csv_values_are_strings(tmp_path: Path) -> None:
@@ -181,22 +187,22 @@ def test_broken_file_is_refused_by_name_and_line(
 ) -> None:
     write(tmp_path / name, text)
     with pytest.raises((ValueError, TypeError), match=message) as info:
-        load_records(name, tmp_path)
+        load_records(name)
     assert name in str(info.value)
 
 
 def test_other_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no file or folder .*nowhere.jsonl"):
-        load_records("nowhere.jsonl", tmp_path)
+        load_records("nowhere.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin.jsonl must be UTF-8"):
-        load_records("latin.jsonl", tmp_path)
+        load_records("latin.jsonl")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="not a Hugging Face dataset folder"):
-        load_records("folder", tmp_path)
+        load_records("folder")
     write(tmp_path / "x.jsonl", '{"prompt": "a"}')
     with pytest.raises(ValueError, match=r"'#train' selects a split of a folder"):
-        load_records("x.jsonl#train", tmp_path)
+        load_records("x.jsonl#train")
     with pytest.raises(ValueError, match="at least one record"):
         load_records([])
     with pytest.raises(TypeError, match="got a dict with the keys prompt"):
@@ -215,13 +221,13 @@ def test_dataset_splits(tmp_path: Path) -> None:
     both.save_to_disk(tmp_path / "both")
     one.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(only=one).save_to_disk(tmp_path / "only")
-    assert load_records("only", tmp_path) == ROWS
+    assert load_records("only") == ROWS
     with pytest.raises(ValueError, match=r"splits train, test; name one: 'both#train'"):
-        load_records("both", tmp_path)
+        load_records("both")
     with pytest.raises(ValueError, match=r"splits train, test; it has no 'eval'"):
-        load_records("both#eval", tmp_path)
+        load_records("both#eval")
     with pytest.raises(ValueError, match=r"has no splits, got '#train'"):
-        load_records("one#train", tmp_path)
+        load_records("one#train")
     with pytest.raises(TypeError, match=r"DatasetDict with the keys train, test; pass one"):
         load_records(both)
 
@@ -237,7 +243,7 @@ def test_missing_optional_package_says_what_to_install(
     for loaded in [key for key in sys.modules if key.partition(".")[0] == module]:
         monkeypatch.setitem(sys.modules, loaded, None)  # import then raises ImportError
     with pytest.raises(ImportError, match=rf"needs {module}.*pip install 'fastppo\[datasets\]'"):
-        load_records(name, tmp_path)
+        load_records(name)
 
 
 # Tokenising
@@ -351,8 +357,8 @@ def test_decode_leaves_special_tokens_out_and_keeps_spaces() -> None:
 
 
 def test_example_data_loads() -> None:
-    train = load_records("arithmetic_train.jsonl", EXAMPLES)
-    held_out = load_records("arithmetic_eval.jsonl", EXAMPLES)
+    train = load_records(EXAMPLES / "arithmetic_train.jsonl")
+    held_out = load_records(EXAMPLES / "arithmetic_eval.jsonl")
     assert (len(train), len(held_out)) == (65, 16)
     texts = [record["prompt"][-1]["content"] for record in [*train, *held_out]]
     assert len(set(texts)) == 81  # disjoint

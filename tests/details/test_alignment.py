@@ -25,6 +25,11 @@ from fastppo.rollout.packed import PackedEngine
 EOS = 2
 
 
+def lists(batch: PackedBatch, x: Tensor) -> list[list[float]]:
+    """(N,) as one list per sequence."""
+    return [row.tolist() for row in batch.unpack(x)]
+
+
 def padded_forward(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N,) and states before each token (N, H), from right-padded (B, L) ids."""
     cu, lengths = batch.cu_seqlens_host, batch.sequence_lengths
@@ -89,7 +94,7 @@ def test_02_reward_at_last_response_token(
     masks = [[True] * 4, [True, False, True, False, False], [True]]
     batch = make_batch((2, 1, 3), (4, 5, 1), loss_mask=masks)
     batch = step.advantages(step.evaluate(batch), [1.0, 2.0, 3.0])
-    assert batch.unpack_lists(batch.rewards) == [[0, 0, 0, 1], [0, 0, 2, 0, 0], [3]]
+    assert lists(batch, batch.rewards) == [[0, 0, 0, 1], [0, 0, 2, 0, 0], [3]]
 
 
 def test_02_no_step_after_the_last_token(
@@ -98,7 +103,7 @@ def test_02_no_step_after_the_last_token(
     """The last token's return is the whole score: no discount for a step past the end."""
     step = make_step(gamma=0.5, gae_lambda=1.0)
     batch = step.advantages(step.evaluate(make_batch((2, 3), (3, 1))), [1.0, -2.0])
-    assert batch.unpack_lists(batch.returns) == [[0.25, 0.5, 1.0], [-2.0]]
+    assert lists(batch, batch.returns) == [[0.25, 0.5, 1.0], [-2.0]]
 
 
 def test_03_end_token_is_trained_though_it_pads(make_step: Callable[..., PPOStep]) -> None:
@@ -221,7 +226,7 @@ def test_27_token_in_token_out(
     (prompts, _), rollouts = generated[0]
     (batch,), _ = trained[0]
     responses = [ids.tolist() for ids in rollouts.responses]
-    assert batch.unpack_lists(batch.targets) == responses == seen
+    assert lists(batch, batch.targets) == responses == seen
     assert [p.tolist() for p in batch_prompts(batch)] == [p.tolist() for p in prompts]
     tokenizer, end = trainer.tokenizer, trainer.tokenizer.eos_token_id
     again = [tokenizer(decode(tokenizer, ids))["input_ids"] for ids in responses]

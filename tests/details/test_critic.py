@@ -42,7 +42,7 @@ def test_04_eos_trick(
     rollouts, ((batch,), _), (row, _) = generated[0][1], trained[0], rows[0][1]
     ended = np.array([1 in ids for ids in rollouts.responses])  # 1 is the end token
     assert 0 < ended.sum() < len(ended)
-    paid = [sum(rewards) for rewards in batch.unpack_lists(batch.rewards)]
+    paid = [sum(rewards.tolist()) for rewards in batch.unpack(batch.rewards)]
     assert paid == np.where(ended, 1.0, truncated_score).tolist()
     assert row["eos_rate"] == ended.mean() and row["truncated"] == 1 - ended.mean()
     assert row["reward"] == 1.0  # what the reward function said

@@ -135,7 +135,7 @@ def test_the_score_lands_on_the_last_token_that_counts() -> None:
     masks = tool_masks()
     batch = step.advantages(step.evaluate(make_batch(loss_mask=masks)), np.arange(1.0, 7.0))
     assert batch.rewards is not None
-    rewards = batch.unpack_lists(batch.rewards)
+    rewards = [x.tolist() for x in batch.unpack(batch.rewards)]
     assert rewards[0] == [0.0, 0.0, 0.0, 1.0]
     assert rewards[2] == [0.0] * 4 + [3.0] + [0.0, 0.0]
     assert rewards[3] == [0.0] * LENGTHS[3]  # no token of it counts

@@ -428,14 +428,15 @@ def reward_file(tmp_path: Path) -> Path:
     return file
 
 
-def test_function_from_a_file_relative_to_the_config(reward_file: Path) -> None:
-    func = load_reward_func("my_rewards.py:exact", reward_file.parent)
+def test_function_from_a_file(reward_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(reward_file.parent)
+    func = load_reward_func("my_rewards.py:exact")
     assert score(func).tolist() == [1.0] * 5
     assert Rewards(func).names == ["exact"]
-    other = resolve_reward(f"{reward_file}:brevity")  # absolute: the base does not matter
+    other = resolve_reward(f"{reward_file}:brevity")
     assert func.__globals__ is other.__globals__  # type: ignore[attr-defined]  # one module
     reward_file.write_text("def exact(completions):\n    return [2.0] * len(completions)\n")
-    assert score(load_reward_func("my_rewards.py:exact", reward_file.parent)).tolist() == [2.0] * 5
+    assert score(load_reward_func("my_rewards.py:exact")).tolist() == [2.0] * 5
 
 
 def test_function_from_a_module(monkeypatch: pytest.MonkeyPatch, reward_file: Path) -> None:
@@ -463,11 +464,16 @@ def test_function_from_a_module(monkeypatch: pytest.MonkeyPatch, reward_file: Pa
     ],
 )
 def test_bad_names_say_what_exists(
-    reward_file: Path, spec: str, error: type[Exception], message: str
+    reward_file: Path,
+    spec: str,
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(reward_file.parent)
     (reward_file.parent / "broken.py").write_text("1 / 0\n")
     with pytest.raises(error, match=message):
-        resolve_reward(spec, reward_file.parent)
+        resolve_reward(spec)
 
 
 def test_resolve_returns_functions_and_refuses_other_objects() -> None:
@@ -588,7 +594,7 @@ def test_reward_model_that_reads_both_ways_does_not_see_padding_or_drop_out() ->
 
 
 def test_reward_model_has_no_dropout_no_gradient_and_the_asked_dtype(model_folder: Path) -> None:
-    reward = resolve_reward("judge", model_folder.parent)
+    reward = resolve_reward(model_folder)
     assert isinstance(reward, RewardModel)
     model = RewardModel(model_folder, device="cpu", dtype=torch.bfloat16).load()
     assert model.dtype is torch.bfloat16
@@ -702,7 +708,7 @@ def test_a_reward_models_budget_is_part_of_the_state(wrapped: bool) -> None:
 
 
 def example(name: str) -> Callable[..., Any]:
-    return load_reward_func(f"rewards.py:{name}", EXAMPLES)
+    return load_reward_func(f"{EXAMPLES}/rewards.py:{name}")
 
 
 @pytest.mark.parametrize(
