@@ -92,13 +92,15 @@ class Benchmark:
     @classmethod
     def of(cls, case: Case, *, forward: bool = False, **rest: Any) -> Benchmark:
         """Of a case, with its gradients, or of its forward pass, which has a name of its own."""
-        work = case.forward if forward else case.both or case.forward
+        work = case.work.forward if forward else case.work.both or case.work.forward
         return cls(
             name=f"{case.name}_forward" if forward else case.name,
             sizes=case.sizes,
             inputs=case.inputs,
-            bytes=work.bytes,
-            flops=work.flops,
+            bytes=Count.read(
+                work.reads, work.writes, text=f"{work.reads} read, {work.writes} written"
+            ),
+            flops=Count.read(work.operations),
             **rest,
         )
 

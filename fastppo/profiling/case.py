@@ -1,9 +1,4 @@
-"""What a case is: an op with inputs of some size, and the bytes and operations of a call.
-
-Bytes: every input read once, every result written once; what stays inside the op, such as logits
-or statistics of rows, does not count. Operations: 2 per multiply-add of a matrix product, 1 per
-elementary operation on an element; what an implementation does a second time does not count.
-"""
+"""What a case is: an op with its inputs at some sizes, and the work of a call (work.py)."""
 
 from __future__ import annotations
 
@@ -16,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastppo.profiling.meta import Cost
+from fastppo.profiling.work import OpWork, Work, evaluate
 
 Inputs = Mapping[str, Tensor]
 Outputs = Mapping[str, Tensor]
@@ -47,17 +43,21 @@ class Size:
         return ",".join(self._parts())
 
     @property
+    def letters(self) -> dict[str, int]:
+        """What formulas need."""
+        return {**self.numbers, "itemsize": self.dtype.itemsize}
+
+    def cost(self, work: Work) -> Cost:
+        """Of a call at this size."""
+        return Cost(work.bytes(self.letters), work.flops(self.letters), self.half)
+
+    @property
     def half(self) -> bool:
         """Whether matrices are multiplied, in half precision."""
         return "H" in self.numbers and self.dtype == torch.bfloat16
 
     def _parts(self) -> list[str]:
         return [f"{letter}={number}" for letter, number in self.numbers.items()]
-
-
-def evaluate(formula: str, letters: Mapping[str, float]) -> float:
-    """A formula such as "2·(N + V)·H·itemsize" with numbers for its letters."""
-    return float(eval(formula.replace("·", "*"), {"__builtins__": {}}, dict(letters)))
 
 
 class Count(NamedTuple):
@@ -71,33 +71,9 @@ class Count(NamedTuple):
         """The sum of formulas in letters of the size and `itemsize`, bytes of its dtype."""
 
         def of(size: Size) -> float:
-            letters = {**size.numbers, "itemsize": size.dtype.itemsize}
-            return sum(evaluate(formula, letters) for formula in formulas)
+            return sum(evaluate(formula, size.letters) for formula in formulas)
 
         return cls(text or " + ".join(formulas), of)
-
-
-class Work(NamedTuple):
-    """What one call must do: formulas of the bytes it reads and writes, and of its operations."""
-
-    reads: str
-    writes: str
-    operations: str
-
-    @property
-    def bytes(self) -> Count:
-        """Read and written."""
-        text = f"{self.reads} read, {self.writes} written"
-        return Count.read(self.reads, self.writes, text=text)
-
-    @property
-    def flops(self) -> Count:
-        """Operations."""
-        return Count.read(self.operations)
-
-    def cost(self, size: Size) -> Cost:
-        """Both at a size."""
-        return Cost(self.bytes.of(size), self.flops.of(size), size.half)
 
 
 class Passes(NamedTuple):
@@ -153,10 +129,7 @@ class Case:
         sizes: by name: smoke (milliseconds, for tests), cpu, gpu.
         inputs: (size, device, seed) → tensors by name. Equal seeds give equal inputs.
         prepare: a call of the op from inputs, which it leaves as they are.
-        forward: what a call must do.
-        backward: what the gradients take after it. None: nothing, or next to nothing, because the
-            forward pass has made them.
-        both: what they take as one call; None: as forward.
+        work: what a call must do.
         leaves, upstream: see `passes`.
     """
 
@@ -164,9 +137,7 @@ class Case:
     sizes: Mapping[str, Sequence[Size]]
     inputs: Callable[[Size, torch.device, int], Inputs]
     prepare: Prepare
-    forward: Work
-    backward: Work | None = None
-    both: Work | None = None
+    work: OpWork
     leaves: Sequence[str] = ()
     upstream: Mapping[str, str] = field(default_factory=dict)
 

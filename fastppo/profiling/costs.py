@@ -2,8 +2,8 @@
 
 Bytes: every tensor read or written once, with the elements it has in memory (an expanded dimension
 counts once). Operations: 2 per multiply-add of a product; pointwise operators and reductions 1 per
-element, softmax 5, norms 8; copies none. fastppo's own ops have the formulas of their cases
-(op_cases.py). What cannot be known from shapes (lists of indices, varlen attention) has no cost.
+element, softmax 5, norms 8; copies none. fastppo's own ops have formulas of their own
+(work.py). What cannot be known from shapes (lists of indices, varlen attention) has no cost.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastppo.profiling.case import Work, evaluate
 from fastppo.profiling.meta import Cost
-from fastppo.profiling.op_cases import CASES
 from fastppo.profiling.trace import Span
+from fastppo.profiling.work import WORK, Work, evaluate
 
 ITEM_SIZES = {
     **{"double": 8, "long int": 8, "long": 8, "float": 4, "int": 4, "c10::BFloat16": 2},
@@ -216,15 +215,15 @@ def _adamw(arguments: _Arguments, _: Sequence[Any]) -> Cost:
 
 
 def _op(name: str, letters: str, part: str = "forward", inputs: int | None = None) -> _Rule:
-    """One of fastppo's, by the formulas of its case; the tensors that it reads are in the trace.
+    """One of fastppo's, by its formulas; the tensors that it reads are in the trace.
 
     Args:
-        name: of the case.
+        name: of the op.
         letters: of the dimensions of its first tensor; tokens in B sequences are those of one.
         part: forward or backward.
         inputs: how many arguments are; None: all.
     """
-    work: Work = getattr(CASES[name], part)
+    work: Work = getattr(WORK[name], part)
 
     def rule(arguments: _Arguments, _: Sequence[Any]) -> Cost:
         x = arguments[0]

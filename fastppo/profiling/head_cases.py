@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.profiling.case import Call, Case, Inputs, Size, Work
+from fastppo.profiling.case import Call, Case, Inputs, Size
+from fastppo.profiling.work import WORK
 
 CLIP = 0.2
 CONFIG = ops.PPOLossConfig(clip_coef_low=CLIP, clip_coef_high=CLIP)
@@ -98,13 +99,7 @@ CASES = (
         prepare=token_logprobs,
         leaves=("logits",),
         upstream={"logprobs": "g", "entropy": "h"},
-        # logits, targets; log-probability and entropy of a row. A logit is compared with the
-        # maximum, subtracted from, exponentiated, multiplied and added twice
-        forward=Work("N·V·itemsize + 8·N", "8·N", "8·N·V"),
-        # logits, targets and two gradients of a row; the gradient of the logits
-        backward=Work("N·V·itemsize + 16·N", "N·V·itemsize", "15·N·V"),
-        # logits are read twice: the gradients come in when all rows have been there once
-        both=Work("2·N·V·itemsize + 24·N", "N·V·itemsize + 8·N", "23·N·V"),
+        work=WORK["token_logprobs"],
     ),
     Case(
         name="linear_logprobs",
@@ -117,13 +112,7 @@ CASES = (
         prepare=linear_logprobs,
         leaves=("hidden", "weight"),
         upstream={"logprobs": "g"},
-        # hidden, weight, targets; log-probability and entropy of a row. Logits need not be in
-        # memory; one product makes them
-        forward=Work("(N + V)·H·itemsize + 8·N", "8·N", "2·N·H·V"),
-        # hidden, weight, targets, one gradient of a row; dX and dW, a product each. Who makes
-        # the logits again does 2·N·H·V more
-        backward=Work("(N + V)·H·itemsize + 12·N", "(N + V)·H·itemsize", "4·N·H·V"),
-        both=Work("(N + V)·H·itemsize + 12·N", "(N + V)·H·itemsize + 8·N", "6·N·H·V"),
+        work=WORK["linear_logprobs"],
     ),
     Case(
         name="linear_ppo_loss",
@@ -141,8 +130,6 @@ CASES = (
         inputs=linear_ppo_loss_inputs,
         prepare=linear_ppo_loss,
         leaves=("hidden", "weight"),
-        # hidden, weight, targets, and old logprob, advantage, weight of a row; both gradients,
-        # made in the forward pass. Logits, dX, dW: who makes the logits again does 8·N·H·V
-        forward=Work("(N + V)·H·itemsize + 20·N", "(N + V)·H·itemsize", "6·N·H·V"),
+        work=WORK["linear_ppo_loss"],
     ),
 )

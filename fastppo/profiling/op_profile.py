@@ -107,13 +107,13 @@ def profile_op(ready: Ready, folder: Path) -> list[Timing]:
 
 def time_op(ready: Ready) -> list[Timing]:
     """The time of forward and backward: of many calls in a row, so that a GPU is kept busy."""
-    case, size = ready.case, ready.size
+    work, size = ready.case.work, ready.size
     alone = _time(ready.passes.forward, ready.device)
-    timings = [Timing("forward", 1e6 * alone, case.forward.cost(size))]
-    if case.backward is not None:
+    timings = [Timing("forward", 1e6 * alone, size.cost(work.forward))]
+    if work.backward is not None:
         both = _time(lambda: _run(ready.passes), ready.device)
         rest = 1e6 * max(0.0, both - alone)
-        timings.append(Timing("backward", rest, case.backward.cost(size)))
+        timings.append(Timing("backward", rest, size.cost(work.backward)))
     return timings
 
 

@@ -11,7 +11,8 @@ import torch
 
 from fastppo import ops
 from fastppo.ops.gae import MaskMode
-from fastppo.profiling.case import Call, Case, Inputs, Outputs, Prepare, Size, Work
+from fastppo.profiling.case import Call, Case, Inputs, Outputs, Prepare, Size
+from fastppo.profiling.work import WORK
 
 GAMMA, LAMBDA = 0.99, 0.95
 CLIP = 0.2  # of the value loss
@@ -73,8 +74,7 @@ def gae_case(name: str, mode: MaskMode) -> Case:
         sizes={"smoke": [Size(B=4, T=64)], "cpu": large, "gpu": large},
         inputs=gae_inputs,
         prepare=packed_gae(mode),
-        # r, V, mask, offsets; A, R. δ = r + γV' − V: 3; A = δ + γλA: 2; R = A + V: 1
-        forward=Work(f"{8 + (mode != 'none')}·B·T + 4·(B + 1)", "8·B·T", "6·B·T"),
+        work=WORK[name],
     )
 
 
@@ -184,8 +184,7 @@ CASES = (
         },
         inputs=gae_classic_inputs,
         prepare=gae_classic,
-        # r, V, end, the values after the last step; A, R. As gae, and two products with 1 − end
-        forward=Work("9·T·E + 4·E", "8·T·E", "8·T·E"),
+        work=WORK["gae_classic"],
     ),
     Case(
         name="group_advantages",
@@ -196,8 +195,7 @@ CASES = (
         },
         inputs=group_inputs,
         prepare=group_advantages,
-        # score, id; advantage. Two sums, a difference, its square, ε, a quotient
-        forward=Work("12·B", "4·B", "6·B"),
+        work=WORK["group_advantages"],
     ),
     Case(
         name="whiten",
@@ -208,16 +206,14 @@ CASES = (
         },
         inputs=whiten_inputs,
         prepare=whiten,
-        # x, mask; the result. Two sums, a difference, its square, a product, a choice by the mask
-        forward=Work("5·N", "4·N", "6·N"),
+        work=WORK["whiten"],
     ),
     Case(
         name="kl_penalty",
         sizes={"smoke": [Size(N=1000)], "cpu": [Size(N=65_536)], "gpu": [Size(N=1_048_576)]},
         inputs=kl_inputs,
         prepare=kl_penalty,
-        # two log-probabilities; one number. k3 = exp(d) − d − 1, d a difference
-        forward=Work("8·N", "4·N", "4·N"),
+        work=WORK["kl_penalty"],
     ),
     Case(
         name="loss_weights",
@@ -228,8 +224,7 @@ CASES = (
         },
         inputs=loss_weights_inputs,
         prepare=loss_weights,
-        # mask, offsets; weight, a quotient
-        forward=Work("N + 4·(B + 1)", "4·N", "N"),
+        work=WORK["loss_weights"],
     ),
     Case(
         name="ppo_loss",
@@ -241,11 +236,7 @@ CASES = (
         inputs=ppo_loss_inputs,
         prepare=ppo_loss,
         leaves=("logprobs", "entropy"),
-        # logprob, entropy, old, advantage, weight, ref; two gradients, made in the forward pass.
-        # ratio 3, its branches 5, KL 5, sum 4, gradients 8; transcendentals count as one
-        forward=Work("24·N", "8·N", "25·N"),
-        # both gradients, multiplied with the one that comes in
-        backward=Work("8·N", "8·N", "2·N"),
+        work=WORK["ppo_loss"],
     ),
     Case(
         name="value_loss",
@@ -257,9 +248,6 @@ CASES = (
         inputs=value_loss_inputs,
         prepare=value_loss,
         leaves=("values",),
-        # v, v_old, R, w; the gradient, made in the forward pass.
-        # two errors squared 5, clip 3, larger one and sum 4, gradient 3
-        forward=Work("16·N", "4·N", "15·N"),
-        backward=Work("4·N", "4·N", "N"),
+        work=WORK["value_loss"],
     ),
 )

@@ -248,22 +248,28 @@ def test_bytes_are_those_of_inputs_and_results(name: str, dtype: torch.dtype) ->
     written = total(outputs.values())
     if name in GRADIENTS_IN_FORWARD:  # instead of a loss and metrics, which N does not make larger
         written = total(noting.used[leaf] for leaf in case.leaves)
-    reads, writes = (Count.read(text).of(size) for text in case.forward[:2])
+    reads, writes = (Count.read(text).of(size) for text in case.work.forward[:2])
     assert (reads, writes) == (total(noting.used.values()), written)
-    assert case.forward.bytes.of(size) == case.forward.cost(size).bytes == reads + writes
+    assert (
+        case.work.forward.bytes(size.letters)
+        == size.cost(case.work.forward).bytes
+        == reads + writes
+    )
 
 
 @pytest.mark.parametrize("name", ["token_logprobs", "linear_logprobs"])
 def test_bytes_of_a_backward_pass(name: str) -> None:
     case, (size, inputs) = CASES[name], small(name)
     leaves = total(inputs[leaf] for leaf in case.leaves)
-    assert case.backward is not None and case.both is not None
-    assert case.backward.bytes.of(size) == total(inputs.values()) + leaves
+    assert case.work.backward is not None and case.work.both is not None
+    assert case.work.backward.bytes(size.letters) == total(inputs.values()) + leaves
     again = leaves if name == "linear_logprobs" else 0  # in one call it is read once, and targets
     targets = inputs["targets"].nbytes if name == "linear_logprobs" else 0
-    apart = case.forward.bytes.of(size) + case.backward.bytes.of(size)
-    assert case.both.bytes.of(size) == apart - again - targets
-    assert case.both.flops.of(size) == case.forward.flops.of(size) + case.backward.flops.of(size)
+    apart = case.work.forward.bytes(size.letters) + case.work.backward.bytes(size.letters)
+    assert case.work.both.bytes(size.letters) == apart - again - targets
+    assert case.work.both.flops(size.letters) == case.work.forward.flops(
+        size.letters
+    ) + case.work.backward.flops(size.letters)
 
 
 @pytest.mark.parametrize("name", ["linear_logprobs", "linear_ppo_loss"])
@@ -281,9 +287,9 @@ def test_flops_are_those_of_the_matrix_products(name: str) -> None:
     outputs = count(call.forward)
     assert call.backward is not None
     count(functools.partial(call.backward, outputs))
-    expected = [work.flops.of(size) if work else 0 for work in (case.forward, case.backward)]
+    expected = [work.flops(size.letters) if work else 0 for work in case.work[:2]]
     if name == "linear_logprobs":  # the logits are made again, which does not count
-        expected[1] += case.forward.flops.of(size)
+        expected[1] += case.work.forward.flops(size.letters)
     assert counted == expected
 
 
@@ -297,7 +303,7 @@ def test_every_case_runs_and_depends_on_the_numbers_it_names(name: str) -> None:
     for letter in size.numbers.keys() - {"G"}:  # and B where it says how advantages repeat
         other = Size(**{**size.numbers, letter: 2 * size[letter]})
         same = name == "linear_ppo_loss" and letter == "B"
-        assert (case.forward.cost(other) == case.forward.cost(size)) == same, letter
+        assert (other.cost(case.work.forward) == size.cost(case.work.forward)) == same, letter
 
 
 # Nsight Compute
