@@ -70,8 +70,8 @@ def batch_metrics(batch: PackedBatch) -> dict[str, Tensor]:
 
     The entropy is the policy's before the update, over all tokens that count. The KL is k1, the
     mean of ln π_old − ln π_ref: per token, and summed per sequence. The explained variance is
-    1 − Var(returns − values) / Var(returns), 0 where the returns do not vary. `dropped` is the share
-    of sequences of which no token is in the loss.
+    1 − Var(returns − values) / Var(returns), 0 where the returns do not vary. `dropped` is the
+    share of sequences of which no token is in the loss.
     """
     mask = batch.loss_mask
     assert mask is not None
