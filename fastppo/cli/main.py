@@ -95,11 +95,13 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Invocation]:
     config = parse_config(
         TrainConfig,
         args,
-        prog=(
-            "fastppo train [--config FILE.toml] [--dry-run] [--resume [RUN | CHECKPOINT]] "
-            "[--allow-changes OPTION ...]"
+        prog="fastppo train [--config FILE.toml] [--dry-run] [--resume [PATH]]",
+        description=(
+            "Train a language model with PPO. Flags override the file.\n"
+            "--dry-run               print what the run would be, and do nothing\n"
+            "--resume [PATH]         go on with the newest run, or with this run or checkpoint\n"
+            "--allow-changes OPTION  options that may differ from the run that is resumed"
         ),
-        description="Train a language model with PPO. Flags override the file.",
     )
     changes = tuple(name.replace("-", "_") for name in allowed)
     return config, Invocation(dry_run, resume, changes)

@@ -37,6 +37,8 @@ def parse_config(
     """
     import tyro
 
+    from fastppo.cli.groups import flat, grouped
+
     args, settings = list(args), {}
     if (values := take(args, "--config")) is not None:
         settings = read_toml(Path(at_most_one("--config", values) or ""))
@@ -44,7 +46,8 @@ def parse_config(
     given |= {name.removeprefix("no_") for name in given} | {ignored}
     kept = {key: value for key, value in settings.items() if key not in given}
     flags = [*as_flags(kept), *args]
-    return tyro.cli(kind, prog=prog, description=description, args=flags)
+    parsed = tyro.cli(grouped(kind), prog=prog, description=description, args=flags)
+    return kind(**flat(parsed))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

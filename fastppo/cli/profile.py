@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fastppo.options import option
 from fastppo.ppo.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -33,13 +34,8 @@ class ProfileConfig(TrainConfig):
 
     output_dir: str = ""
     """Folder of the profile, new or empty. Not set: profiles/<date>-<time>."""
-    steps: int = 3
+    steps: int = option(3, "≥ 1")
     """Iterations that are traced, after two that are not."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps: expected an integer ≥ 1, got {self.steps}")
 
 
 def profile(config: ProfileConfig) -> None:

@@ -59,6 +59,14 @@ class KLConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedKLConfig(KLConfig):
+    """The same for the command line, where models are named."""
+
+    ref_model: str = option("", only_if='reference = "auto"', may_differ=True)
+    """Reference policy; empty: see `reference`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdvantageConfig(KLConfig):
     """From scores, and a KL in the reward, to advantages."""
 
@@ -123,6 +131,14 @@ class CriticConfig(AdvantageConfig):
     def critic_kind(self) -> Critic:
         """`critic` with its default filled in."""
         return self.critic or ("shared" if self.advantage == "gae" else "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedCriticConfig(CriticConfig):
+    """The same for the command line, where models are named."""
+
+    value_model: str = option("", only_if='critic = "separate"', may_differ=True)
+    """Model the separate critic starts from, for example the reward model; empty: the policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,13 +270,15 @@ class PPOConfig(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(PPOConfig, NamedRewardConfig, NamedDataConfig, NamedModelConfig):
+class TrainConfig(
+    PPOConfig,
+    NamedCriticConfig,
+    NamedKLConfig,
+    NamedRewardConfig,
+    NamedDataConfig,
+    NamedModelConfig,
+):
     """`fastppo train`: PPO on a transformers model from a file of prompts and a reward."""
-
-    ref_model: str = option("", only_if='reference = "auto"', may_differ=True)
-    """Reference policy; empty: see `reference`."""
-    value_model: str = option("", only_if='critic = "separate"', may_differ=True)
-    """Model the separate critic starts from, for example the reward model; empty: the policy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

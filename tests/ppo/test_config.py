@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -126,15 +125,6 @@ def test_every_field_survives_the_trip_through_flags() -> None:
         if value not in (None, "", ())
     }
     assert parse_train(as_flags(settings))[0] == config
-
-
-def test_every_field_has_a_docstring() -> None:
-    for cls in TrainConfig.__mro__[:-1]:
-        source = inspect.getsource(cls).splitlines()
-        for name in inspect.get_annotations(cls):
-            line = next(i for i, text in enumerate(source) if text.startswith(f"    {name}:"))
-            following = next(t for t in source[line + 1 :] if not t.startswith((" " * 8, "    ]")))
-            assert following.startswith('    """'), f"{name} has no docstring"
 
 
 def test_errors_are_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
