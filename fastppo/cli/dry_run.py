@@ -17,7 +17,7 @@ from fastppo.models.loading import load_config, load_tokenizer
 from fastppo.models.setup import train_last_layers
 from fastppo.ppo.build import lora_config
 from fastppo.ppo.config import TrainConfig
-from fastppo.ppo.task import make_task
+from fastppo.ppo.inputs import make_inputs
 from fastppo.rewards import resolve_reward
 from fastppo.training.device import describe, resolve_device, resolve_precision
 
@@ -29,7 +29,7 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     console = console or Console()
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.model)
-    data, held_out, rewards = make_task(
+    data, held_out, rewards = make_inputs(
         config,
         model_config,
         tokenizer,

@@ -5,7 +5,7 @@ see T tokens and nothing else:
 
     cache = KVCache(lengths, device)
     ...                              # the prompts' pass: T = sum of lengths
-    cache.step()                     # the next pass has one token of each sequence: T = S
+    cache.advance()                     # the next pass has one token of each sequence: T = S
     ...
     order = cache.drop(finished)     # which sequences are left, and in which order
 
@@ -61,7 +61,7 @@ class KVCache:
         """(S,) int64: where in the pass each sequence has its last token."""
         return self._last
 
-    def step(self) -> None:
+    def advance(self) -> None:
         """Begin a pass of one more token for each sequence."""
         self.decoding = True
         self._places, self._lengths_device = self._lengths_device, self._lengths_device + 1

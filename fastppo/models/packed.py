@@ -34,7 +34,7 @@ from fastppo.models.kv_cache import KVCache
 from fastppo.models.saving import save_pretrained
 
 
-class Head(NamedTuple):
+class OutputHead(NamedTuple):
     """What turns hidden states into logits: hidden @ weight.T + bias."""
 
     weight: Tensor  # (V, H)
@@ -149,13 +149,13 @@ class PackedModel:
             )
 
     @property
-    def head(self) -> Head:
+    def head(self) -> OutputHead:
         """The output head; a frozen one comes in the dtype of the autocast."""
         output = setup.unwrap(self.model, self.name).get_output_embeddings()
         weight, bias = output.weight, output.bias
         if self.precision == "bf16" and not weight.requires_grad and weight.dtype == torch.float32:
             weight = self._rounded(weight)
-        return Head(weight, bias)
+        return OutputHead(weight, bias)
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:

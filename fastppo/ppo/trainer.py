@@ -28,10 +28,10 @@ from fastppo.models.loading import (
 from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
-from fastppo.ppo.scores import check_scored, evaluation, sample_rows, score_metrics
+from fastppo.ppo.inputs import make_inputs
+from fastppo.ppo.rollout_metrics import check_scored, evaluation, sample_rows, score_metrics
 from fastppo.ppo.state import Iteration, frozen_digest, load_trainer_state, place, trainer_state
 from fastppo.ppo.step import PPOStep
-from fastppo.ppo.task import make_task
 from fastppo.rewards import RewardBatch
 from fastppo.rollout.engine import Engine, Rollouts, Sampling
 from fastppo.rollout.packed import PackedEngine
@@ -105,7 +105,7 @@ class PPOTrainer:
                 "(config.name_or_path) to find its own by"
             )
         self.tokenizer = processing_class or load_tokenizer(self.name)
-        self.train_data, self.eval_data, self.rewards = make_task(
+        self.train_data, self.eval_data, self.rewards = make_inputs(
             args,
             load_config(model) if isinstance(model, str) else model.config,
             self.tokenizer,

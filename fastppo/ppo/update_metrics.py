@@ -94,9 +94,9 @@ def batch_metrics(batch: PackedBatch) -> dict[str, Tensor]:
         def variance(x: Tensor) -> Tensor:
             return mean((x - mean(x)).square())
 
-        spread = variance(batch.returns)
+        total = variance(batch.returns)
         # returns = A + V of equal returns differ by rounding, which grows with either
-        varies = spread > 1e-10 * mean(batch.returns.square() + batch.values.square())
-        unexplained = variance(batch.returns - batch.values) / torch.where(varies, spread, 1.0)
+        varies = total > 1e-10 * mean(batch.returns.square() + batch.values.square())
+        unexplained = variance(batch.returns - batch.values) / torch.where(varies, total, 1.0)
         result["explained_variance"] = torch.where(varies, 1.0 - unexplained, 0.0)
     return result

@@ -55,9 +55,9 @@ def call_functions(
         for rows in _split(size, parts):
             task = Task(function.name, function.declared, rows, scores, losses, limits.timeout)
             (pooled if in_worker else here).append((task, function))
-    with pool.shift(pooled, provided) as shift:
-        inline.run(here, provided, between=shift.look)
-        shift.finish()
+    with pool.batch(pooled, provided) as batch:
+        inline.run(here, provided, between=batch.look)
+        batch.finish()
     return results
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fastppo.rewards.scores import NOBODY, Outcome, WatchedList, checked, failed, suspect_of
+from fastppo.rewards.outcome import NO_ROW, Outcome, WatchedList, checked, failed, suspect_of
 from fastppo.training import interrupts
 
 LENGTH = struct.Struct("!Q")
@@ -56,7 +56,7 @@ def serve(call: Callable[..., Any], setting: Setting) -> None:
     loop = asyncio.new_event_loop()
     with contextlib.suppress(ConnectionError):
         while request := _receive(setting.connection):
-            setting.note[READING] = NOBODY
+            setting.note[READING] = NO_ROW
             setting.note[TAKEN] += 1
             reply = _reply(call, request, setting, loop)
             setting.connection.sendall(LENGTH.pack(len(reply)) + reply)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastppo.rewards.functions import BoundFunction
 from fastppo.rewards.isolation import Call, Task
-from fastppo.rewards.scores import NOBODY, Outcome, WatchedList, checked, failed, suspect_of
+from fastppo.rewards.outcome import NO_ROW, Outcome, WatchedList, checked, failed, suspect_of
 from fastppo.training import interrupts
 
 _TICK = 0.1  # seconds between two looks for a signal
@@ -73,7 +73,7 @@ def _call(
     while (left := ends - time.monotonic()) > 0:
         interrupts.check()
         time.sleep(min(left, _TICK))
-    note = array("q", [NOBODY])
+    note = array("q", [NO_ROW])
     arguments = function.arguments(provided, call.rows)
     watched = {name: WatchedList(values, note) for name, values in arguments.items()}
     try:

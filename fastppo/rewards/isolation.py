@@ -23,7 +23,7 @@ import numpy as np
 
 from fastppo.rewards.failures import Losses
 from fastppo.rewards.limits import Declaration
-from fastppo.rewards.scores import Outcome, Problem
+from fastppo.rewards.outcome import Outcome, Problem
 
 _SEARCH_LIMITS = 5  # time limits that searching a batch may take
 _PAUSE = 0.1  # seconds before the first retry; doubles with each

@@ -18,7 +18,7 @@ from typing import Any
 from fastppo.rewards.functions import BoundFunction
 from fastppo.rewards.isolation import Task
 from fastppo.rewards.limits import RewardLimits
-from fastppo.rewards.scores import Outcome
+from fastppo.rewards.outcome import Outcome
 from fastppo.rewards.worker import Worker
 from fastppo.training import interrupts
 
@@ -45,9 +45,9 @@ class Pool:
         _pools.add(self)
 
     @contextlib.contextmanager
-    def shift(
+    def batch(
         self, work: Sequence[tuple[Task, BoundFunction]], provided: Mapping[str, Sequence[Any]]
-    ) -> Iterator[Shift]:
+    ) -> Iterator[Batch]:
         """Start every task on a worker of its own; at the end kill the workers that still compute.
 
         Args:
@@ -57,7 +57,7 @@ class Pool:
         with self._one_batch:
             self._check_process()
             taken: dict[str, int] = {}
-            shift = Shift(provided)
+            batch = Batch(provided)
             try:
                 for task, function in work:
                     index = taken.setdefault(function.name, 0)
@@ -65,10 +65,10 @@ class Pool:
                     workers = self._workers.setdefault(function.name, [])
                     if index == len(workers):
                         workers.append(Worker(function.call, function.name, self._limits))
-                    shift.add(task, function, workers[index])
-                yield shift
+                    batch.add(task, function, workers[index])
+                yield batch
             finally:
-                shift.abort()
+                batch.abort()
 
     def close(self) -> None:
         """Kill the workers. The next batch would start new ones."""
@@ -100,7 +100,7 @@ class _Member:
         self.due = 0.0  # when the next call may start, where none is under way
 
 
-class Shift:
+class Batch:
     """The calls of one batch that run in workers."""
 
     def __init__(self, provided: Mapping[str, Sequence[Any]]) -> None:

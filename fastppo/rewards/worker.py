@@ -18,7 +18,7 @@ from typing import Any
 
 from fastppo.rewards.child import LENGTH, READING, TAKEN, Setting, serve
 from fastppo.rewards.limits import RewardLimits
-from fastppo.rewards.scores import NOBODY, Outcome, Problem, suspect_of
+from fastppo.rewards.outcome import NO_ROW, Outcome, Problem, suspect_of
 from fastppo.training import interrupts
 
 _LAST_BREATH = 1.0  # seconds for the exit status of a worker that closed its connection
@@ -155,7 +155,7 @@ class Worker:
         ours.setblocking(False)
         self._memory = mmap.mmap(-1, 16)
         self._note = memoryview(self._memory).cast("q")
-        self._note[READING] = NOBODY
+        self._note[READING] = NO_ROW
         self._requests = 0
         setting = Setting(
             theirs, self._note, os.getpid(), self._limits.memory_gb, (*_sockets, ours)
@@ -207,7 +207,7 @@ class Worker:
         assert self._note is not None
         taken = self._note[TAKEN] >= self._requests
         suspect = self._suspect()
-        how = _last_words(self._process.pid)
+        how = _how_it_ended(self._process.pid)
         self.stop()
         if not taken and not self._fresh_start:  # it died before the call, by nobody's fault
             self._fresh_start = True
@@ -229,7 +229,7 @@ def _peek(pid: int) -> tuple[int, int] | None:
     return None if info is None else (info.si_code, info.si_status)
 
 
-def _last_words(pid: int) -> str:
+def _how_it_ended(pid: int) -> str:
     """How a worker came to close its connection."""
     ends = time.monotonic() + _LAST_BREATH
     while (end := _peek(pid)) is None and time.monotonic() < ends:

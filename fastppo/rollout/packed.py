@@ -97,7 +97,7 @@ class PackedEngine:
             for step in range(sampling.max_new_tokens):
                 interrupts.check()
                 if step:
-                    cache.step()
+                    cache.advance()
                     boundaries = {}
                 tokens, logprobs[rows, step] = sampler(
                     self.model.next_logits(tokens, cache, **boundaries), rows, step

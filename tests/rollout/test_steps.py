@@ -226,7 +226,7 @@ def test_the_cache_is_a_list_of_tokens_for_each_sequence(
             order = cache.drop(finished)
             alive = [alive[i] for i in order]
             assert len(alive) == (~finished).sum()
-        cache.step()
+        cache.advance()
         assert cache.positions.tolist() == [len(kept[row][0]) for row in alive]
         assert cache.last.tolist() == list(range(len(alive)))
         write(alive)
@@ -243,5 +243,5 @@ def test_what_is_read_ends_with_the_longest_sequence_alive() -> None:
     cache = KVCache(np.array([3, 200, 5]), torch.device("cpu"))
     cache.write(0, torch.randn(1, 1, 208, 4), torch.randn(1, 1, 208, 4))
     assert cache.drop(np.array([False, True, False])).tolist() == [0, 2]
-    cache.step()
+    cache.advance()
     assert cache._mask is not None and cache._mask.shape == (2, 8)

@@ -14,7 +14,7 @@ from fastppo.ppo.config import PPOConfig
 from fastppo.rewards import RewardLimits, Rewards
 
 
-class Task(NamedTuple):
+class Inputs(NamedTuple):
     """Prompts, held-out prompts and the reward."""
 
     train: PromptDataset
@@ -22,7 +22,7 @@ class Task(NamedTuple):
     rewards: Rewards
 
 
-def make_task(
+def make_inputs(
     args: PPOConfig,
     model_config: Any,
     tokenizer: Any,
@@ -30,7 +30,7 @@ def make_task(
     eval_dataset: Any,
     reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]],
     reward_weights: Sequence[float] | None,
-) -> Task:
+) -> Inputs:
     """Read and tokenise the prompts, and check that a run with them can work.
 
     Args:
@@ -73,7 +73,7 @@ def make_task(
         rewards.check_columns(data.columns)
         _check_positions(data, args.max_response_length, model_config)
         _check_vocabulary(data, model_config, tokenizer)
-    return Task(train, held_out, rewards)
+    return Inputs(train, held_out, rewards)
 
 
 def _check_positions(data: PromptDataset, response: int, model_config: Any) -> None:

@@ -16,7 +16,7 @@ from fastppo.rewards.failures import FailureKind, RewardUnavailableError
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _LONGEST = 2000  # characters of a message
 
-NOBODY = -1  # the note of a WatchedList that is not being read
+NO_ROW = -1  # the note of a WatchedList that is not being read
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class WatchedList(list[Any]):
     """A list that notes which element is being read.
 
     A call that hangs or crashes on a sample has usually read that sample last. `note[0]` is the
-    index, and NOBODY again once a loop over the list has ended.
+    index, and NO_ROW again once a loop over the list has ended.
     """
 
     __slots__ = ("_note",)
@@ -75,7 +75,7 @@ class WatchedList(list[Any]):
             self._note[0] = index
             yield list.__getitem__(self, index)
             index += 1
-        self._note[0] = NOBODY
+        self._note[0] = NO_ROW
 
     def __getitem__(self, key: Any) -> Any:
         value = list.__getitem__(self, key)
@@ -91,7 +91,7 @@ class WatchedList(list[Any]):
 
 def suspect_of(note: Sequence[int]) -> int | None:
     """The sample that was being read, None where no list was."""
-    return None if note[0] == NOBODY else note[0]
+    return None if note[0] == NO_ROW else note[0]
 
 
 def failed(error: BaseException, suspect: int | None = None) -> Outcome:
