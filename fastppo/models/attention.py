@@ -111,6 +111,15 @@ def check_supported(config: Any) -> None:
     )
 
 
+def is_supported(config: Any) -> bool:
+    """Whether `check_supported` accepts it."""
+    try:
+        check_supported(config)
+    except ValueError:
+        return False
+    return True
+
+
 @functools.cache
 def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
     """The attention kernel for a device and a compute dtype.

@@ -207,9 +207,20 @@ class PackedModel:
             self._attention.set(packed=True)
 
     def restore(self) -> None:
-        """Make an ordinary model of it again: its own attention, one dtype (fp32)."""
+        """Make an ordinary model of it again: its own attention, and one dtype (fp32) if it was
+        given a precision."""
         self._attention.set(packed=False)
-        setup.set_precision(self.model, "fp32")
+        if self.precision is not None:
+            setup.set_precision(self.model, "fp32")
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, `hidden` may be called although `restore` was: for a model that others call."""
+        self._attention.set(packed=True)
+        try:
+            yield
+        finally:
+            self._attention.set(packed=False)
 
     # what it is made of
 

@@ -3,7 +3,8 @@
 The score of a sample is the classifier's only logit on the text of prompt and completion: through
 the reward model's own chat template when the prompt is conversational, else on the two strings
 joined. The reward model has its own tokenizer, so here (and only here) text is tokenised again; the
-policy's tokens are never replaced by it.
+policy's tokens are never replaced by it. A model that packed attention supports reads the samples
+packed; others, such as encoders, in padded batches.
 
 B samples, S_i tokens of sample i under the reward model's tokenizer.
 """
@@ -14,10 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastppo.data.sequences import PackedSequences
+from fastppo.models.attention import is_supported
 from fastppo.models.loading import DATA_ONLY
+from fastppo.models.packed import PackedModel
 from fastppo.training.memory import free_memory, is_out_of_memory
 
 
@@ -35,8 +40,8 @@ class RewardModel:
             the given model already is.
         dtype: of the weights; bfloat16 on CUDA and float32 on CPU when None (a folder), untouched
             when None (a model).
-        token_budget: padded tokens per forward pass (rows times the longest row). Lowered where
-            memory runs out, for the calls to come too.
+        token_budget: tokens per forward pass (rows times the longest row). Lowered where memory
+            runs out, for the calls to come too.
 
     Raises:
         ValueError: no such folder, not a sequence classifier, more than one label, no tokenizer.
@@ -58,6 +63,7 @@ class RewardModel:
         self.token_budget = token_budget
         self.tokenizer = tokenizer
         self._model: Any = None
+        self._packed: PackedModel | None = None
         self._folder: Path | None = None
         if isinstance(model, (str, Path)):
             self._folder = Path(model)
@@ -133,6 +139,10 @@ class RewardModel:
                     "from a trained AutoModelForSequenceClassification"
                 )
             self._model = model.to(self.device).eval().requires_grad_(False)
+        if self._packed is None and is_supported(self.config) and hasattr(self._model, "score"):
+            self._packed = PackedModel(self._model, name="reward model", precision=None)
+            self._packed.restore()
+            self._model.eval()
         return self._model
 
     def encode(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[list[int]]:
@@ -180,9 +190,9 @@ class RewardModel:
                 )
         lengths = [len(ids) for ids in encoded]
         scores = [0.0] * len(encoded)
-        # Classifiers on causal models read the last token that is not `pad`. Without a pad id they
-        # accept one sequence at a time only, and inventing an id would move what they read.
-        batched = getattr(self.config, "pad_token_id", None) is not None
+        # Without a pad id transformers accepts one sequence at a time only, and inventing an id
+        # would move what is read.
+        batched = self._packed or getattr(self.config, "pad_token_id", None) is not None
         pending = _batches(lengths, self.token_budget if batched else 1)
         while pending:
             rows = pending[0]
@@ -205,6 +215,8 @@ class RewardModel:
 
     def _forward(self, encoded: Sequence[list[int]]) -> list[float]:
         """The scores of samples (token ids, the longest first) in one pass of the model."""
+        if self._packed is not None:
+            return self._packed_scores(self._packed, encoded)
         input_ids = torch.full(
             (len(encoded), len(encoded[0])), getattr(self.config, "pad_token_id", None) or 0
         )  # (rows, longest) int64
@@ -215,6 +227,21 @@ class RewardModel:
         logits: Tensor = self._model(
             input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
         ).logits  # (rows, 1)
+        scores: list[float] = logits.float().squeeze(-1).tolist()
+        return scores
+
+    def _packed_scores(self, packed: PackedModel, encoded: Sequence[list[int]]) -> list[float]:
+        """Without padding. A classifier on a causal model reads the last token that is not `pad`,
+        which may be the end of the text's own."""
+        pad = getattr(self.config, "pad_token_id", None)
+        batch = PackedSequences.pack(encoded, [[]] * len(encoded), device=self.device)
+        last = [
+            max((i for i, token in enumerate(ids) if token != pad), default=0) for ids in encoded
+        ]
+        rows = torch.from_numpy(batch.cu_seqlens_host[:-1] + np.array(last)).to(self.device)
+        with packed.lent():
+            hidden = packed.hidden(batch)[rows]  # (samples, H)
+        logits: Tensor = self._model.score(hidden)  # (samples, 1)
         scores: list[float] = logits.float().squeeze(-1).tolist()
         return scores
 

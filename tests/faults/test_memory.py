@@ -182,7 +182,7 @@ def test_a_reward_model_without_memory_reads_fewer_samples_at_once(
         model = reward_model()
         trainer = runs(name, model)
         once = Once(trainer, lambda *_: name == "hurt")  # noqa: B023
-        model.load().register_forward_pre_hook(once)
+        model.load().model.register_forward_pre_hook(once, with_kwargs=True)
         trainer.train()
         assert once.done == (name == "hurt")
         assert model.token_budget < 16_384 or name == "plain"

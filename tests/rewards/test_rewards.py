@@ -651,20 +651,20 @@ def test_batches_keep_the_padded_budget_and_every_index_once() -> None:
 
 
 class Memory:
-    """A hook before a model that has room for so many padded tokens."""
+    """A hook before a trunk that has room for so many tokens, packed."""
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self.passes: list[tuple[int, int]] = []  # shape of each
+        self.passes: list[int] = []  # tokens of each
         self.failed: weakref.ref[Any] | None = None
 
     def __call__(self, _: Any, __: Any, options: dict[str, Any]) -> None:
-        ids = options["input_ids"]
+        embedded = options["inputs_embeds"]  # (1, T, H)
         assert self.failed is None or self.failed() is None, "a failed pass is still in memory"
-        self.passes.append(tuple(ids.shape))
-        if ids.numel() > self.room:
-            self.failed = weakref.ref(ids)
-            raise torch.OutOfMemoryError(f"no memory for {ids.numel()} tokens")
+        self.passes.append(embedded.shape[1])
+        if self.passes[-1] > self.room:
+            self.failed = weakref.ref(embedded)
+            raise torch.OutOfMemoryError(f"no memory for {self.passes[-1]} tokens")
 
 
 # all fit, one halving, two, single rows of the longest sample (10 tokens) only
@@ -675,23 +675,23 @@ def test_reward_model_out_of_memory_lowers_the_budget(room: int, halvings: int) 
     model, memory = make_classifier().eval(), Memory(room)
     reward = RewardModel(model, make_tokenizer(), token_budget=60)
     expected = one_by_one(model, prompts, texts)
-    hook = model.register_forward_pre_hook(memory, with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(memory, with_kwargs=True)
     np.testing.assert_allclose(reward(prompts, texts), expected, rtol=0, atol=1e-6)
-    failed = [rows * width for rows, width in memory.passes if rows * width > room]
+    failed = [tokens for tokens in memory.passes if tokens > room]
     assert len(failed) == halvings and reward.token_budget == 60 // 2**halvings
     memory.passes.clear()
     np.testing.assert_allclose(reward(prompts, texts), expected, rtol=0, atol=1e-6)
-    assert all(rows * width <= room for rows, width in memory.passes)  # the limit is kept
+    assert all(tokens <= room for tokens in memory.passes)  # the limit is kept
     hook.remove()
 
 
 def test_reward_model_without_memory_for_one_sample_raises_what_was_raised() -> None:
     model, memory = make_classifier().eval(), Memory(5)
-    model.register_forward_pre_hook(memory, with_kwargs=True)
+    model.model.register_forward_pre_hook(memory, with_kwargs=True)
     reward = RewardModel(model, make_tokenizer())
     with pytest.raises(torch.OutOfMemoryError, match="no memory for 6 tokens"):
         reward(["w2"] * 4, [" w1" * 5] * 4)
-    assert memory.passes == [(4, 6), (2, 6), (1, 6)]
+    assert memory.passes == [24, 12, 6]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
