@@ -146,7 +146,7 @@ def rows_where(keep: Tensor, count: int | None) -> Tensor | None:
     return rows if rows.shape[0] < keep.shape[0] else None
 
 
-def spread(x: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
+def scatter(x: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
     """(num_rows, …) with x at `rows` and 0 elsewhere."""
     return x if rows is None else x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
 
@@ -175,7 +175,7 @@ def _forward(
         x, head = head_operands(hidden, weight, bias, options.dtype)
         stats = head_stats(x, head, targets, options, _implementation(device).row_stats)
     count = 0 if keep is None else keep.shape[0]
-    return RowStats(*(spread(each, rows, count) for each in stats))
+    return RowStats(*(scatter(each, rows, count) for each in stats))
 
 
 @_forward.register_fake
@@ -223,7 +223,7 @@ def _backward(
         backend = _implementation(device)
         rows_of = (targets, stats, g, h, options, dtypes, backend.row_gradient)
         dx, *others = gradients(x, head, *rows_of)
-        return present((None if dx is None else spread(dx, rows, num_rows), *others), weight)
+        return present((None if dx is None else scatter(dx, rows, num_rows), *others), weight)
 
 
 @_backward.register_fake

@@ -42,7 +42,7 @@ from fastppo.ops.linear_logprobs import (
     linear_logprobs_reference,
     masked_logprobs,
     rows_where,
-    spread,
+    scatter,
 )
 from fastppo.ops.ppo_loss import PPOLoss, ppo_loss, ppo_loss_reference
 
@@ -139,7 +139,7 @@ def _loss(
         loss, metrics, (dx, *others) = sweep(
             x, head, targets, inputs, config, options, dtypes, backend
         )
-        dx = None if dx is None else spread(dx, rows, num_rows)
+        dx = None if dx is None else scatter(dx, rows, num_rows)
         return loss, metrics, *present((dx, *others), weight)
 
 
