@@ -221,6 +221,8 @@ class PackedSequences:
         host = {"prompt_mask": prompt_mask, "response_mask": response_mask, "loss_mask": loss_mask}
         masks = {k: _mask(k, x, ids) for k, x in host.items() if x is not None}
         prompt, response = masks["prompt_mask"], masks["response_mask"]
+        for row in np.flatnonzero(~prompt.any(1))[:1]:
+            raise ValueError(f"prompt_mask: expected a token in each row, got none in row {row}")
         for row, column in np.argwhere(prompt & response)[:1]:
             raise ValueError(
                 f"response_mask: expected no token of prompt_mask, got one at [{row}, {column}]"

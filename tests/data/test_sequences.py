@@ -326,7 +326,7 @@ def test_padding_and_back(side: str, seed: int) -> None:
         ((PROMPT, RESPONSE, TOOL[:2]), "loss_mask: expected shape"),
         ((PROMPT, RESPONSE | PROMPT), r"response_mask: .* got one at \[0, 2\]"),
         ((RESPONSE, PROMPT), r"prompt_mask: .* got one after it at \[0, 4\]"),
-        ((PROMPT * 0, RESPONSE), "prompts"),
+        ((PROMPT * 0, RESPONSE), "prompt_mask: .* row 0"),
     ],
     ids=["shape", "loss-shape", "overlap", "order", "no-prompt"],
 )

@@ -161,15 +161,12 @@ STRICT = """
 def counted(completions, hard):
     with open("calls", "a") as file:
         file.write(".")
-    NONE
     return [0.1 * len(text) for text in completions]
 
 def strict(completions, hard):
-    NONE
     RAISE
     return [0.01 * len(text) for text in completions]
 """
-NONE = "if any(hard): return [None] * len(hard)"
 RAISE = "if [h for h in hard if h]: raise ValueError('too hard')"
 
 
@@ -193,8 +190,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_rewards(how: str) -> None:
-    text = STRICT.replace("NONE", NONE if how == "none" else "")
-    Path("rewards.py").write_text(text.replace("RAISE", RAISE if how == "raises" else ""))
+    Path("rewards.py").write_text(STRICT.replace("RAISE", RAISE if how == "raises" else ""))
     Path("calls").write_text("")
 
 
@@ -211,16 +207,14 @@ def train(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("how", "where", "message"),
+    ("where", "message"),
     [
-        ("raises", "training", "2 of the 160 samples of the last 10 batches (1.25%)"),
-        ("none", "training", "got None for all"),
-        ("raises", "evaluation", "1 of the 20 samples of the last 10 batches (5.00%)"),
+        ("training", "2 of the 160 samples of the last 10 batches (1.25%)"),
+        ("evaluation", "1 of the 20 samples of the last 10 batches (5.00%)"),
     ],
-    ids=["raises", "none", "evaluation"],
+    ids=["training", "evaluation"],
 )
 def test_more_failures_than_allowed_stop_the_run_until_they_are_mended(
-    how: str,
     where: str,
     message: str,
     project: Path,
@@ -235,7 +229,7 @@ def test_more_failures_than_allowed_stop_the_run_until_they_are_mended(
 
     name = {"training": "iteration-000002-0000", "evaluation": "iteration-000000"}[where]
     for resume in ((), ("--resume",)):  # and it stops there again while nothing has been mended
-        write_rewards(how)
+        write_rewards("raises")
         capsys.readouterr()
         assert train("--output-dir", "run", *options, *resume) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.models.loading import find_model, load_config, load_model, load_tokenizer
+from fastppo.models.loading import (
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    load_value_model,
+)
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 
 PACKAGED = "smollm2-135m-instruct"
@@ -186,3 +192,49 @@ def test_two_processes_convert_the_packaged_model_at_once(tmp_path: Path) -> Non
     assert len([*(tmp_path / "fastppo").iterdir()]) == 1
     for answer in answers:
         assert json.loads(answer) == [" Paris", 134_515_008, "torch.float32"]
+
+
+# Roles: what is named keeps its own, and nothing in it is random
+
+
+def classifier(folder: Path, labels: int = 1) -> Any:
+    from transformers import LlamaForSequenceClassification
+
+    config = tiny_model(len(TOKENS), seed=0).config
+    config.num_labels = labels
+    torch.manual_seed(1)
+    model = LlamaForSequenceClassification(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_value_model_is_what_its_folder_says(tmp_path: Path) -> None:
+    reward_model, causal = classifier(tmp_path / "reward"), tiny_model(len(TOKENS), seed=2)
+    causal.save_pretrained(tmp_path / "causal")
+    causal.model.save_pretrained(tmp_path / "trunk")
+    loaded = load_value_model(str(tmp_path / "reward"))
+    assert torch.equal(loaded.score.weight, reward_model.score.weight)
+    assert type(load_value_model(str(tmp_path / "causal"))) is type(causal)
+    assert type(load_value_model(str(tmp_path / "trunk"))) is type(causal.model)
+
+
+@pytest.mark.parametrize("role", ["model", "ref_model"])
+def test_a_reward_model_is_no_language_model(tmp_path: Path, role: str) -> None:
+    classifier(tmp_path)
+    with pytest.raises(ValueError, match=f"^{role}: expected a causal language model"):
+        load_model(str(tmp_path), role)
+
+
+def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
+    tiny_model(len(TOKENS), seed=2).model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^model: .* lacks weights for lm_head\.weight"):
+        load_model(str(tmp_path))
+
+
+def test_tied_weights_are_there(tmp_path: Path) -> None:
+    model = tiny_model(len(TOKENS), seed=2)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight

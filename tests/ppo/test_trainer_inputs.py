@@ -109,12 +109,44 @@ def test_a_function_that_scores_nothing_beside_one_that_does(tmp_path: Path) -> 
     assert all(row["reward"] == row["reward/larger_digit"] for row in rows)
 
 
-def test_an_iteration_without_any_score_ends_the_run_with_a_reason(tmp_path: Path) -> None:
-    def abstains(prompts: list[str], **_: Any) -> list[None]:
-        return [None] * len(prompts)
+def test_an_iteration_without_any_score_changes_nothing_and_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
+    calls: list[int] = []
 
-    with pytest.raises(RewardError, match="'abstains'.*None"):
-        train(tmp_path, abstains)
+    def every_other(prompts: list[str], **_: Any) -> list[float | None]:
+        calls.append(len(prompts))
+        return [None if len(calls) % 2 else float(i) for i in range(len(prompts))]
+
+    rows = train(tmp_path, every_other, num_iterations=4, reward_workers=0)
+    assert [row["unscored"] for row in rows] == [1, 0, 1, 0]
+    assert [row["num_tokens"] > 0 for row in rows] == [False, True, False, True]
+    assert [row["coverage"] for row in rows] == [0, 1, 0, 1]
+    assert [row["entropy"] is None for row in rows] == [True, False, True, False]
+
+
+def test_ten_iterations_without_any_score_end_the_run_with_a_reason(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def once(prompts: list[str], **_: Any) -> list[float | None]:
+        calls.append(len(prompts))
+        return [1.0 if len(calls) == 2 else None] * len(prompts)
+
+    with pytest.raises(RewardError, match="'once'.*last 10 iterations"):
+        train(tmp_path, once, num_iterations=20, reward_workers=0)
+    assert len(calls) == 12
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="processing_class: .*'9' with id 12 .* of 13"):
+        PPOTrainer(
+            tiny_model(12, seed=0),
+            larger_digit,
+            ROWS,
+            config(tmp_path / "run"),
+            processing_class=word_tokenizer(),
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_exception_names_function_and_sample(tmp_path: Path) -> None:
