@@ -4,7 +4,10 @@
 
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
+# as many processes with one thread each; a file's tests stay together, with what they share
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install -c constraints.txt
 STAMP := $(VENV)/.fastppo-installed
@@ -20,15 +23,16 @@ HEADERS := import os, sys, sysconfig; \
 
 # Tests that compare bits, or errors with plain torch's: once more with the instructions that every
 # x86-64 has, whose sums round differently. Elsewhere the variables do nothing.
-ISA_TESTS := tests/ops tests/details tests/test_csrc.py tests/test_packing.py tests/test_attention.py \
-	tests/test_policy.py tests/test_sampler.py tests/test_optim.py
+ISA_TESTS := tests/ops tests/details tests/csrc tests/data/test_sequences.py \
+	tests/models/test_attention.py tests/ppo/test_policy.py tests/rollout/test_sampler.py \
+	tests/training/test_optim.py
 OTHER_ISA := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
 	ONEDNN_MAX_CPU_ISA=SSE41
 
-.PHONY: help setup train demo test test-all test-isa test-gpu lint format bench wheel clean
+.PHONY: help setup train demo test test-slow test-all test-isa test-gpu lint format bench wheel clean
 
 help:
-	@echo "make train | demo | test | test-all | test-isa | test-gpu | lint | format | bench | wheel |" \
+	@echo "make train | demo | test | test-slow | test-all | test-isa | test-gpu | lint | format | bench | wheel |" \
 		"setup | clean"
 
 setup: $(STAMP)
@@ -58,13 +62,15 @@ demo: setup
 	$(BIN)/fastppo demo $(ARGS)
 
 test: setup
-	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
-test-all: setup
-	$(BIN)/pytest -m "not gpu" $(ARGS)
+test-slow: setup
+	$(BIN)/pytest -m "slow and not gpu" $(ARGS)
+
+test-all: test test-slow
 
 test-isa: setup
-	$(OTHER_ISA) $(BIN)/pytest -m "not slow and not gpu" $(ISA_TESTS) $(ARGS)
+	$(OTHER_ISA) $(PYTEST) -m "not slow and not gpu" $(ISA_TESTS) $(ARGS)
 
 test-gpu: setup
 	$(BIN)/pytest -m gpu $(ARGS)

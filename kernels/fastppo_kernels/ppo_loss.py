@@ -97,10 +97,10 @@ def ppo_loss_kernel(
         ref = load_valid(inputs.ref, offs, inside, valid)
     if inputs.rollout is not None:
         rollout = load_valid(inputs.rollout, offs, inside, valid)
+    lp = load_valid(logprobs_ptr, offs, inside, valid)
     old = load_valid(inputs.old, offs, inside, valid)
     advantages = load_valid(inputs.advantages, offs, inside, valid)
     token = PPOInputs(old, advantages, w, ref, rollout)
-    lp = load_valid(logprobs_ptr, offs, inside, valid)
     terms = ppo_terms(lp, ent, token, numbers, CHOICES)
     tl.store(logprob_grad_ptr + offs, terms.logprob_grad, mask=inside)
     if CHOICES.entropy_grad:

@@ -75,10 +75,10 @@ def ppo_rows_kernel(
         ref = tl.where(valid, tl.load(inputs.ref + row).to(tl.float32), 0.0)
     if inputs.rollout is not None:
         rollout = tl.where(valid, tl.load(inputs.rollout + row).to(tl.float32), 0.0)
+    lp, ent = tl.where(valid, logprob, 0.0), tl.where(valid, entropy, 0.0)
     old = tl.where(valid, tl.load(inputs.old + row).to(tl.float32), 0.0)
     advantage = tl.where(valid, tl.load(inputs.advantages + row).to(tl.float32), 0.0)
     token = PPOInputs(old, advantage, w, ref, rollout)
-    lp, ent = tl.where(valid, logprob, 0.0), tl.where(valid, entropy, 0.0)
     terms = ppo_terms(lp, ent, token, numbers, CHOICES)
     at = entries_ptr + row
     for i in tl.static_range(NUM_ENTRIES):

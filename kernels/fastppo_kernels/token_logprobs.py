@@ -63,10 +63,10 @@ class RowStatistics(NamedTuple):
 @triton.jit
 def token_logprobs_fwd_kernel(
     logits,  # Matrix
+    vocab,
     targets_ptr,
     temperatures_ptr,
     stats,  # RowStatistics
-    vocab,
     temperature,
     softcap,
     BLOCK: tl.constexpr,
