@@ -1,7 +1,7 @@
 """Index arithmetic on ragged layouts: sequences back to back, told apart by their offsets.
 
 Everything is numpy on the host: lengths are known there, so no device is ever waited for.
-Letters as in packing.py: B sequences, T tokens, N response tokens.
+Letters as in sequences.py: B sequences, T tokens, N response tokens.
 """
 
 from __future__ import annotations

@@ -194,8 +194,8 @@ def packed_attention(
     if cu_seqlens is None or cu_seqlens_host is None or max_seqlen is None:
         raise ValueError(
             "cu_seqlens: expected the sequence boundaries of a packed batch, got none. This model "
-            "is set to packed attention, which never guesses them. Call it through Policy.trunk; "
-            "inside Policy.unpacked() or after Policy.restore_attention() it is an ordinary model"
+            "is set to packed attention, which never guesses them. Call PackedModel.hidden; inside "
+            "PackedModel.unpacked() or after PackedModel.restore() it is an ordinary model"
         )
     for name, given in (
         ("attention_mask", attention_mask is not None),

@@ -5,7 +5,7 @@
     batch = step.advantages(batch, scores)    # KL, rewards, GAE
     metrics = step.update(batch)              # epochs × minibatches × micro-batches
 
-Shapes: B sequences, T packed tokens, N response tokens, H hidden size (see packing.PackedBatch).
+Shapes: B sequences, T packed tokens, N response tokens, H hidden size (see experience.PackedBatch).
 Nothing is read back inside the minibatch loop: all metrics come in one copy per update, and one
 per epoch where `target_kl` is set. `advantages` reads, once, which tokens count and which of them
 have an advantage of 0, so that no micro-batch has to ask for the number of its rows. Tokens of
@@ -16,7 +16,8 @@ is that of all of them, from `evaluate`.
 
 Faults: a pass that runs out of memory is repeated with half the token budget, which does not change
 the gradient; a step whose loss or gradient is not finite changes nothing. An update that a signal
-stopped (interrupts.py) goes on where it was when `update` is called with the same batch again.
+stopped (training/interrupts.py) goes on where it was when `update` is called with the same batch
+again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch.profiler import record_function
 from fastppo import ops
 from fastppo.ppo import update_metrics
 from fastppo.ppo.advantages import add_advantages, num_valid_sequences
-from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.config import KLConfig, PPOConfig
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.policy import Policy
 from fastppo.ppo.update_metrics import StepStats
@@ -205,7 +206,8 @@ class PPOStep:
         Raises:
             NonFiniteError: `max_nonfinite_steps` steps in a row had a loss or gradient that is not
                 finite; no parameter changed in them or after them.
-            Interrupted: a signal came, see interrupts.py. `progress` says how far the update is.
+            Interrupted: a signal came, see training/interrupts.py. `progress` says how far the
+                update is.
         """
         config = self.config
         _need(batch, "advantages", "step.advantages")
@@ -451,7 +453,7 @@ class PPOStep:
 
 
 def _reference(
-    config: PPOConfig, model: Any, ref_model: Any
+    config: KLConfig, model: Any, ref_model: Any
 ) -> Literal["copy", "adapter", "model", "none"]:
     if ref_model is not None:
         return "model"
