@@ -149,10 +149,7 @@ def test_every_folder_has_a_floor() -> None:
 def test_imports_go_down() -> None:
     graph = import_graph(ROOT)
     assert wrong_arrows(graph) == []
-    assert circles(graph) == [
-        ["fastppo.models.policy", "fastppo.models.saving"],
-        ["fastppo.ppo.recovery", "fastppo.ppo.trainer"],
-    ]
+    assert circles(graph) == []
     assert "fastppo._C" in graph["fastppo.data.sequences"]  # the walk sees what is there
     assert "fastppo.ops" in graph["fastppo.ppo.advantages"]
 

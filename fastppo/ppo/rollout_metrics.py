@@ -26,7 +26,7 @@ def check_scored(scored: RewardBatch, rewards: Sequence[float]) -> None:
     Raises:
         RewardError: no function could score any sample of the last `UNSCORED_ITERATIONS`.
     """
-    before = list(rewards[1 - UNSCORED_ITERATIONS :])
+    before = list(rewards[max(0, len(rewards) + 1 - UNSCORED_ITERATIONS) :])
     unscored = np.isnan(scored.scores).all() and np.isnan(before).all()
     if unscored and len(before) == UNSCORED_ITERATIONS - 1:
         names = ", ".join(map(repr, scored.per_function))

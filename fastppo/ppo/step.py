@@ -123,7 +123,7 @@ class PPOStep:
 
     def _check_vocabulary(self, batch: PackedBatch) -> None:
         size = self.policy.actor.model.get_input_embeddings().num_embeddings
-        last = int(batch.input_ids.max()) if batch.num_tokens else 0
+        last = int(batch.input_ids.numpy().max(initial=0))
         if last >= size:
             raise ValueError(
                 f"batch.input_ids: expected tokens of the model's vocabulary of {size}, got "

@@ -191,10 +191,11 @@ def test_a_batch_of_one(length: int) -> None:
     batch = step.advantages(step.evaluate(make_batch((length,))), [1.0])
     metrics = step.update(batch)
     assert metrics["nonfinite_steps"] == 0
-    for name in ("policy_loss", "value_loss", "kl", "explained_variance"):
+    for name in ("policy_loss", "value_loss", "kl", "entropy", "explained_variance"):
         assert math.isfinite(metrics[name]), name
-    for name in ("entropy", "approx_kl"):  # one whitened advantage is 0: its token changes nothing
-        assert math.isfinite(metrics[name]) == (length > 1), name
+    # one whitened advantage is 0: its token changes nothing, and is not computed
+    assert math.isfinite(metrics["approx_kl"]) == (length > 1)
+    assert metrics["coverage"] == (length > 1)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_fatal() -> None:

@@ -99,13 +99,16 @@ def test_with_a_critic_only_the_head_has_fewer_rows(products: dict[str, int]) ->
 
 
 def test_nothing_to_learn_is_a_step_all_the_same() -> None:
-    """Adam's momentum and weight decay act; means over no tokens are not measured."""
+    """Adam's momentum and weight decay act; means over no tokens are not measured, but the entropy
+    of all of them has been, before.
+    """
     step, batch = make(learning_rate=1e-2, weight_decay=0.5)
     before = step.policy.actor.head.weight.detach().clone()
     even = step.advantages(batch, np.ones(6, dtype=np.float32), np.repeat(np.arange(3), 2))
     metrics = step.update(even)
     assert metrics["num_tokens"] == 0 and metrics["nonfinite_steps"] == 0
-    assert np.isnan(metrics["entropy"]) and metrics["policy_loss"] == 0
+    assert np.isnan(metrics["approx_kl"]) and metrics["policy_loss"] == metrics["coverage"] == 0
+    assert metrics["entropy"] == pytest.approx(float(even.entropy.mean()))
     assert not torch.equal(step.policy.actor.head.weight, before)
 
 

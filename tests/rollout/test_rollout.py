@@ -357,7 +357,7 @@ def test_training_works_after_generation() -> None:
     rollouts = generate(policy, prompts)
     batch = PackedBatch.pack(prompts, rollouts.responses)
     policy.hidden(batch).sum().backward()
-    assert all(p.grad is not None for p in policy.actor_parameters())
+    assert all(p.grad is not None for p in policy.trained())
 
 
 def test_decoding_uses_the_cache_even_with_gradient_checkpointing() -> None:
