@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fastppo_kernels import ppo_rows as kernels
+from fastppo_kernels.ppo_math import PPOInputs as KernelInputs
+from fastppo_kernels.ppo_math import PPOKnobs
+from fastppo_kernels.ppo_rows import ppo_rows
 from fastppo_kernels.token_logprobs import (
     RowStatistics,
     token_logprobs_bwd_out,
@@ -59,9 +61,9 @@ def row_gradient(
     )
 
 
-def ppo_knobs(config: PPOLossConfig) -> kernels.PPOKnobs:
+def ppo_knobs(config: PPOLossConfig) -> PPOKnobs:
     """The numbers of the loss, as the kernels take them."""
-    return kernels.PPOKnobs(
+    return PPOKnobs(
         low=1 - config.clip_coef_low,
         high=1 + config.clip_coef_high,
         dual_clip=float("inf") if config.dual_clip is None else config.dual_clip,
@@ -86,9 +88,9 @@ def loss_rows(
 ) -> Tensor:
     """As `linear_ppo_loss.loss_rows`, in one launch."""
     knobs = ppo_knobs(config)
-    per_row = inputs.contiguous()
+    per_row = KernelInputs(*inputs.contiguous())
     tau = _contiguous(temperature)
-    return kernels.ppo_rows(logits, targets.contiguous(), *per_row, knobs, tau, softcap, out)
+    return ppo_rows(logits, targets.contiguous(), per_row, knobs, tau, softcap, out)
 
 
 def total(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

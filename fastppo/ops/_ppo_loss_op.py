@@ -22,28 +22,26 @@ _Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class _Arguments(NamedTuple):
-    """The op's arguments before the fields of the config."""
+    """The op's arguments, taken apart."""
 
     logprobs: Tensor
     entropy: Tensor | None
-    old_logprobs: Tensor
-    advantages: Tensor
-    weights: Tensor
-    ref_logprobs: Tensor | None
-    rollout_logprobs: Tensor | None
+    inputs: PPOInputs
     cu_seqlens: Tensor | None
+    config: PPOLossConfig
 
 
-def _parse(arguments: tuple[Any, ...]) -> tuple[_Arguments, PPOLossConfig]:
-    count = len(_Arguments._fields)
-    return _Arguments(*arguments[:count]), config_of(arguments[count:])
+def _parse(logprobs: Tensor, entropy: Tensor | None, *rest: Any) -> _Arguments:
+    """`rest`: the fields of PPOInputs, cu_seqlens, the fields of the config."""
+    count = len(PPOInputs._fields)
+    inputs, (cu_seqlens, *config) = PPOInputs(*rest[:count]), rest[count:]
+    return _Arguments(logprobs, entropy, inputs, cu_seqlens, config_of(config))
 
 
 def ppo_loss_torch(*arguments: Any) -> _Four:
     """As `ppo_loss_op`, on any device."""
-    x, config = _parse(arguments)
-    inputs = PPOInputs(x.old_logprobs, x.advantages, x.weights, x.ref_logprobs, x.rollout_logprobs)
-    rows = ppo_rows(x.logprobs, x.entropy, inputs, config, x.cu_seqlens)
+    x = _parse(*arguments)
+    rows = ppo_rows(x.logprobs, x.entropy, x.inputs, x.config, x.cu_seqlens)
     h = rows.logprob_grad.new_empty(0) if rows.entropy_grad is None else rows.entropy_grad
     return rows.loss, rows.logprob_grad, h, rows.metrics
 
@@ -63,17 +61,18 @@ def ppo_loss_op(*arguments: Any) -> _Four:
 
 @ppo_loss_op.register_fake
 def _(*arguments: Any) -> _Four:
-    x, config = _parse(arguments)
+    x = _parse(*arguments)
     dtype = compute_dtype(x.logprobs)
     g = x.logprobs.new_empty(x.logprobs.shape, dtype=dtype)
-    h = torch.empty_like(g) if config.ent_coef != 0 else g.new_empty(0)
+    h = torch.empty_like(g) if x.config.ent_coef != 0 else g.new_empty(0)
     return g.new_empty(()), g, h, g.new_empty(len(PPO_METRIC_NAMES), dtype=torch.float32)
 
 
 @ppo_loss_op.register_kernel("cpu")
 def ppo_loss_cpp(*arguments: Any) -> _Four:
     """As `ppo_loss_op`, in one pass over the tokens."""
-    x, config = _parse(arguments)
+    x = _parse(*arguments)
+    config = x.config
     if config.ratio_level == "sequence":
         return ppo_loss_torch(*arguments)
     dtype = compute_dtype(x.logprobs)
@@ -88,7 +87,7 @@ def ppo_loss_cpp(*arguments: Any) -> _Four:
         entries.numpy(),
         g.numpy(),
         h.numpy() if config.ent_coef != 0 else None,
-        *(array(tensor) for tensor in x[:-1]),
+        *(array(tensor) for tensor in (x.logprobs, x.entropy, *x.inputs)),
         low=1 - config.clip_coef_low,
         high=1 + config.clip_coef_high,
         dual_clip=float("inf") if config.dual_clip is None else config.dual_clip,
@@ -106,12 +105,13 @@ def ppo_loss_cpp(*arguments: Any) -> _Four:
 @ppo_loss_op.register_kernel("cuda")
 def ppo_loss_triton(*arguments: Any) -> _Four:
     """As `ppo_loss_op`, in one launch."""
-    x, config = _parse(arguments)
-    in_torch = config.ratio_level == "sequence" or x.logprobs.dtype == torch.float64
+    x = _parse(*arguments)
+    in_torch = x.config.ratio_level == "sequence" or x.logprobs.dtype == torch.float64
     if in_torch or x.logprobs.shape[0] == 0:
         return ppo_loss_torch(*arguments)
     from fastppo_kernels.ppo_loss import ppo_loss
+    from fastppo_kernels.ppo_math import PPOInputs as KernelInputs
 
     from fastppo.ops._cuda import ppo_knobs
 
-    return ppo_loss(*x[:-1], ppo_knobs(config))
+    return ppo_loss(x.logprobs, x.entropy, KernelInputs(*x.inputs), ppo_knobs(x.config))

@@ -13,30 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from fastppo_kernels.ppo_entries import ENTRIES, SUMS
 from torch import Tensor
 
 from fastppo.ops.kl_penalty import LOG_RATIO_LIMIT
 
-_WEIGHTED = ("policy_loss", "kl_loss")
-_SUMS = (
-    "clipfrac",
-    "clipfrac_low",
-    "clipfrac_high",
-    "clipfrac_dual",
-    "approx_kl",
-    "old_approx_kl",
-    "entropy",
-    "ratio",
-    "ratio_squared",
-    "ref_kl",
-    "logprob_diff",
-    "rollout_kl",
-    "is_weight",
-    "is_clipfrac",
-)
-_MAXIMA = ("ratio_max", "logprob_diff_max")
-
-PPO_METRIC_NAMES = ("num_tokens", *_WEIGHTED, *_SUMS, *_MAXIMA)
+PPO_METRIC_NAMES = ENTRIES[1:]  # after the loss
 """Entry names of the vector `PPOLoss.metrics`:
 
 num_tokens: valid tokens. policy_loss, kl_loss: Σ w·pg and kl_coef·Σ w·kl.
@@ -48,7 +30,9 @@ ratio, ratio_max; ratio_squared becomes ess = (Σr)²/(n·Σr²), effective samp
 KL(rollout‖new). is_weight: mean of the correction weight. is_clipfrac: tokens it capped (TIS) or
 dropped (IcePop).
 """
-NUM_SUMS = len(PPO_METRIC_NAMES) - len(_MAXIMA)
+NUM_SUMS = len(SUMS) - 1
+_OF_TOKENS = frozenset(SUMS) - {"loss", "num_tokens", "policy_loss", "kl_loss"}
+"""Sums over valid tokens."""
 
 
 def ppo_metrics(
@@ -138,4 +122,4 @@ def reduce_ppo_metrics(vectors: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
     tokens = entries["num_tokens"].clamp(min=1.0)
     squares = entries.pop("ratio_squared")
     ess = entries["ratio"].square() / (tokens * squares).clamp(min=torch.finfo(squares.dtype).tiny)
-    return {k: v / tokens if k in _SUMS else v for k, v in entries.items()} | {"ess": ess}
+    return {k: v / tokens if k in _OF_TOKENS else v for k, v in entries.items()} | {"ess": ess}

@@ -40,6 +40,7 @@ _POINTERS = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
+_At = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +71,38 @@ def record(launcher: Callable[[], Any]) -> list[Call]:
     return calls
 
 
-def specialise(call: Call) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
-    """Types, compile-time constants and divisibility hints that Triton's runtime would choose."""
+def specialise(call: Call) -> tuple[dict[str, Any], dict[_At, Any], dict[_At, Any]]:
+    """Types, compile-time constants and divisibility hints that Triton's runtime would choose; the
+    latter two by the place of an argument, or of one inside a tuple."""
     parameters = {p.name: p for p in call.kernel.params}
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    hints: dict[tuple[int], list[list[Any]]] = {}
+    signature: dict[str, Any] = {}
+    constants: dict[_At, Any] = {}
+    hints: dict[_At, list[list[Any]]] = {}
+
+    def type_of(value: Any, at: _At, name: str, by_value: bool) -> Any:
+        if isinstance(value, tuple):  # Triton looks at the values in it whatever the kernel says
+            types = [type_of(x, (*at, i), name, True) for i, x in enumerate(value)]
+            return type(value)(*types)
+        if value is None or (by_value and type(value) is int and value == 1):
+            constants[at] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            if value.storage_offset() * value.itemsize % 16 == 0:
+                hints[at] = [["tt.divisibility", 16]]
+            return _POINTERS[value.dtype]
+        if type(value) is int:
+            if by_value and value % 16 == 0:
+                hints[at] = [["tt.divisibility", 16]]
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        assert type(value) is float, f"{name}: {value!r}"
+        return "fp32"
+
     for index, name in enumerate(call.kernel.arg_names):
         value, parameter = call.arguments[name], parameters[name]
-        by_value = type(value) is int and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (by_value and value == 1):
+        if parameter.is_constexpr:
             signature[name], constants[index,] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            if value.storage_offset() * value.itemsize % 16 == 0:
-                hints[index,] = [["tt.divisibility", 16]]
-        elif type(value) is int:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if by_value and value % 16 == 0:
-                hints[index,] = [["tt.divisibility", 16]]
         else:
-            assert type(value) is float, f"{name}: {value!r}"
-            signature[name] = "fp32"
+            signature[name] = type_of(value, (index,), name, not parameter.do_not_specialize)
     return signature, constants, hints
 
 

@@ -12,7 +12,8 @@ from fastppo_kernels.aot import record
 from fastppo_kernels.aot_scan_cases import scan_launches
 from fastppo_kernels.launch import Call
 from fastppo_kernels.ppo_loss import ppo_loss
-from fastppo_kernels.ppo_rows import PPOKnobs, ppo_rows
+from fastppo_kernels.ppo_math import PPOInputs, PPOKnobs
+from fastppo_kernels.ppo_rows import ppo_rows
 from fastppo_kernels.token_logprobs import token_logprobs_bwd_out, token_logprobs_fwd
 from fastppo_kernels.value_loss import value_loss
 
@@ -67,26 +68,14 @@ def _ppo_rows(
     tau, softcap = (_rows(), 30.0) if options else (1.0, None)
     logits, targets = meta_logits(vocab, dtype), _rows(torch.int64)
     out = logits if grad is None else meta_logits(vocab, grad)
-    old, advantages, weights = _rows(), _rows(), _rows()
-    ppo_rows(
-        logits,
-        targets,
-        old,
-        advantages,
-        weights,
-        ref,
-        rollout,
-        knobs,
-        tau,
-        softcap,
-        out=out,
-    )
+    inputs = PPOInputs(_rows(), _rows(), _rows(), ref, rollout)
+    ppo_rows(logits, targets, inputs, knobs, tau, softcap, out=out)
 
 
 def _losses(dtype: torch.dtype, options: bool) -> None:
     x = torch.empty(TOKENS, dtype=dtype, device="meta")
     optional = x if options else None
-    ppo_loss(x, optional, x, x, x, optional, optional, _knobs(options))
+    ppo_loss(x, optional, PPOInputs(x, x, x, optional, optional), _knobs(options))
     clip, huber = (0.2, 1.0) if options else (None, None)
     value_loss(x, optional, x, x, clip, huber)
 

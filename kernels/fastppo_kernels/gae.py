@@ -19,6 +19,8 @@ in L1.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -27,13 +29,14 @@ from torch import Tensor
 from fastppo_kernels.launch import check_device, launch
 from fastppo_kernels.scan import (
     LAUNCH,
+    Extent,
     ScanLaunch,
     block_maps,
     compose,
+    contiguous,
     extend,
     is_open,
     leaves_block,
-    pointers,
     search_steps,
     sequence_of,
     state_from_maps,
@@ -45,57 +48,71 @@ from fastppo_kernels.whiten import empty_moments, store_moments
 MODES = {"carry": 0, "dense-zero": 1, "none": 2}
 
 
+class Tokens(NamedTuple):
+    """What the recurrence reads: of a launch tensors, in a kernel pointers; None: not given."""
+
+    rewards: Any
+    state_values: Any  # `values` is an attribute of every tuple in Triton
+    cu_seqlens: Any
+    mask: Any
+    bootstrap: Any
+    kl: Any
+    scores: Any
+    discounts: Any
+
+
+class Numbers(NamedTuple):
+    """The same for every token; the first three where `Tokens.discounts` is None."""
+
+    gamma: float
+    gae_lambda: float
+    returns_lambda: float
+    kl_coef: float
+
+
 @triton.jit
 def gae_maps(
     offs,
     critic,  # which λ: 0 the advantages', 1 the returns'
-    rewards_ptr,
-    values_ptr,
-    cu_seqlens_ptr,
-    mask_ptr,
-    bootstrap_ptr,
-    kl_ptr,
-    scores_ptr,
-    discounts_ptr,
-    num_tokens,
-    num_sequences,
-    num_search_steps,
-    gamma,
-    gae_lambda,
-    returns_lambda,
-    kl_coef,
+    tokens,
+    extent,
+    numbers,
     MODE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """The five floats of each token, its value, and whether it is valid."""
-    inside = offs < num_tokens
-    sequence, last = sequence_of(offs, cu_seqlens_ptr, num_tokens, num_sequences, num_search_steps)
+    inside = offs < extent.num_tokens
+    sequence, last = sequence_of(offs, tokens.cu_seqlens, extent)
 
-    if discounts_ptr is not None:
-        row = (1 + critic) * num_sequences.to(tl.int64) + sequence
-        g = tl.load(discounts_ptr + sequence, mask=inside, other=0.0).to(DTYPE)
-        lam = tl.load(discounts_ptr + row, mask=inside, other=0.0).to(DTYPE)
+    if tokens.discounts is not None:
+        row = (1 + critic) * extent.num_sequences.to(tl.int64) + sequence
+        g = tl.load(tokens.discounts + sequence, mask=inside, other=0.0).to(DTYPE)
+        lam = tl.load(tokens.discounts + row, mask=inside, other=0.0).to(DTYPE)
     else:
         # A number may arrive as float64 (torch.compile): cast what it was added to.
         zeros = tl.zeros_like(offs).to(DTYPE)
-        g = (zeros + gamma).to(DTYPE)
-        lam = tl.where(critic == 0, zeros + gae_lambda, zeros + returns_lambda).to(DTYPE)
+        g = (zeros + numbers.gamma).to(DTYPE)
+        lam = tl.where(critic == 0, zeros + numbers.gae_lambda, zeros + numbers.returns_lambda).to(
+            DTYPE
+        )
 
     valid = inside
-    if mask_ptr is not None:
-        valid = inside & (tl.load(mask_ptr + offs, mask=inside, other=0) != 0)
+    if tokens.mask is not None:
+        valid = inside & (tl.load(tokens.mask + offs, mask=inside, other=0) != 0)
     counts = inside if MODE == 2 else valid
-    v = tl.load(values_ptr + offs, mask=counts, other=0.0).to(DTYPE)
+    v = tl.load(tokens.state_values + offs, mask=counts, other=0.0).to(DTYPE)
     r = tl.zeros_like(g)
-    if rewards_ptr is not None:
-        r = tl.load(rewards_ptr + offs, mask=counts, other=0.0).to(DTYPE)
-    if kl_ptr is not None:
-        r -= (kl_coef * tl.load(kl_ptr + offs, mask=valid, other=0.0).to(DTYPE)).to(DTYPE)
+    if tokens.rewards is not None:
+        r = tl.load(tokens.rewards + offs, mask=counts, other=0.0).to(DTYPE)
+    if tokens.kl is not None:
+        r -= (numbers.kl_coef * tl.load(tokens.kl + offs, mask=valid, other=0.0).to(DTYPE)).to(
+            DTYPE
+        )
     end = tl.zeros_like(g)  # E after the last token of a sequence
-    if bootstrap_ptr is not None:
-        end = g * tl.load(bootstrap_ptr + sequence, mask=inside & last, other=0.0).to(DTYPE)
-    if scores_ptr is not None:
-        end += tl.load(scores_ptr + sequence, mask=inside & last, other=0.0).to(DTYPE)
+    if tokens.bootstrap is not None:
+        end = g * tl.load(tokens.bootstrap + sequence, mask=inside & last, other=0.0).to(DTYPE)
+    if tokens.scores is not None:
+        end += tl.load(tokens.scores + sequence, mask=inside & last, other=0.0).to(DTYPE)
 
     moves = valid if MODE == 0 else inside
     a = tl.where(moves, g * lam, 1.0)
@@ -112,45 +129,24 @@ def gae_maps(
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_search_steps"])
 def gae_blocks_kernel(
     maps_ptr,  # (passes, blocks, 5)
-    rewards_ptr,
-    values_ptr,
-    cu_seqlens_ptr,
-    mask_ptr,
-    bootstrap_ptr,
-    kl_ptr,
-    scores_ptr,
-    discounts_ptr,
+    tokens,
     num_tokens,
     num_sequences,
     num_search_steps,
-    gamma,
-    gae_lambda,
-    returns_lambda,
-    kl_coef,
+    numbers,
     MODE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The map of each block of tokens."""
     block, critic = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    extent = Extent(num_tokens, num_sequences, num_search_steps)
     lane = tl.arange(0, BLOCK)
     a, e, b, p, q, _, _ = gae_maps(
         block * BLOCK + lane,
         critic,
-        rewards_ptr,
-        values_ptr,
-        cu_seqlens_ptr,
-        mask_ptr,
-        bootstrap_ptr,
-        kl_ptr,
-        scores_ptr,
-        discounts_ptr,
-        num_tokens,
-        num_sequences,
-        num_search_steps,
-        gamma,
-        gae_lambda,
-        returns_lambda,
-        kl_coef,
+        tokens,
+        extent,
+        numbers,
         MODE,
         maps_ptr.dtype.element_ty,
     )
@@ -164,21 +160,11 @@ def gae_fwd_kernel(
     returns_ptr,
     moments_ptr,  # (blocks, 3), or None
     maps_ptr,  # (passes, blocks, 5), or None: compose the tokens on the right
-    rewards_ptr,
-    values_ptr,
-    cu_seqlens_ptr,
-    mask_ptr,
-    bootstrap_ptr,
-    kl_ptr,
-    scores_ptr,
-    discounts_ptr,
+    tokens,
     num_tokens,
     num_sequences,
     num_search_steps,
-    gamma,
-    gae_lambda,
-    returns_lambda,
-    kl_coef,
+    numbers,
     MODE: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -186,12 +172,11 @@ def gae_fwd_kernel(
     """The state behind the block, then the block's scan."""
     DTYPE: tl.constexpr = advantages_ptr.dtype.element_ty  # noqa: N806
     block, critic = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    extent = Extent(num_tokens, num_sequences, num_search_steps)
     num_blocks = tl.num_programs(0)
     lane = tl.arange(0, BLOCK)
     right = block + 1
-    needed = leaves_block(
-        right * BLOCK, cu_seqlens_ptr, num_tokens, num_sequences, num_search_steps
-    )
+    needed = leaves_block(right * BLOCK, tokens.cu_seqlens, extent)
     if maps_ptr is None:
         zero = tl.sum(tl.zeros([BLOCK], DTYPE), axis=0)
         ta, te, tb, tp, tq = zero + 1, zero, zero, zero + 1, zero
@@ -199,21 +184,9 @@ def gae_fwd_kernel(
             ra, re, rb, rp, rq, _, _ = gae_maps(
                 right * BLOCK + lane,
                 critic,
-                rewards_ptr,
-                values_ptr,
-                cu_seqlens_ptr,
-                mask_ptr,
-                bootstrap_ptr,
-                kl_ptr,
-                scores_ptr,
-                discounts_ptr,
-                num_tokens,
-                num_sequences,
-                num_search_steps,
-                gamma,
-                gae_lambda,
-                returns_lambda,
-                kl_coef,
+                tokens,
+                extent,
+                numbers,
                 MODE,
                 DTYPE,
             )
@@ -228,21 +201,9 @@ def gae_fwd_kernel(
     a, e, b, p, q, v, valid = gae_maps(
         offs,
         critic,
-        rewards_ptr,
-        values_ptr,
-        cu_seqlens_ptr,
-        mask_ptr,
-        bootstrap_ptr,
-        kl_ptr,
-        scores_ptr,
-        discounts_ptr,
-        num_tokens,
-        num_sequences,
-        num_search_steps,
-        gamma,
-        gae_lambda,
-        returns_lambda,
-        kl_coef,
+        tokens,
+        extent,
+        numbers,
         MODE,
         DTYPE,
     )
@@ -303,23 +264,14 @@ def gae_fwd(
         discounts = discounts.to(dtype)  # read as float64 it costs a float32 kernel registers
     two = returns_lambda is not None if discounts is None else discounts.shape[0] == 3
     passes = 2 if two else 1
-    shared = pointers(
-        rewards=rewards,
-        values=values,
-        cu_seqlens=cu_seqlens,
-        mask=mask,
-        bootstrap=bootstrap,
-        kl=kl,
-        scores=scores,
-        discounts=discounts,
-    ) | {
+    given = (rewards, values, cu_seqlens, mask, bootstrap, kl, scores, discounts)
+    critic_lambda = gae_lambda if returns_lambda is None else returns_lambda
+    shared = {
+        "tokens": Tokens(*(contiguous(x) for x in given)),
         "num_tokens": n,
         "num_sequences": num_sequences,
         "num_search_steps": search_steps(num_sequences),
-        "gamma": float(gamma),
-        "gae_lambda": float(gae_lambda),
-        "returns_lambda": float(gae_lambda if returns_lambda is None else returns_lambda),
-        "kl_coef": float(kl_coef),
+        "numbers": Numbers(float(gamma), float(gae_lambda), float(critic_lambda), float(kl_coef)),
         "MODE": MODES[mask_mode] if mask is not None else MODES["none"],
         "BLOCK": knobs.block,
     }

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastppo_kernels.launch import Launch, check_device, launch
-from fastppo_kernels.scan import pointers, times
+from fastppo_kernels.scan import contiguous, times
 
 # Steps × environments of a tile. Not measured on a GPU yet.
 LAUNCH = Launch(block=2048, num_warps=8)
@@ -121,15 +121,6 @@ def gae_classic_fwd(
     discounts = None
     if dtype == torch.float64:  # a kernel's number is float32
         discounts = torch.stack([values.new_full((), x) for x in (gamma, gae_lambda)])
-    inputs = pointers(
-        rewards=rewards,
-        values=values,
-        next_value=next_value,
-        terminated=terminated,
-        truncated=truncated,
-        final_values=final_values,
-        discounts=discounts,
-    )
     block_e = min(MAX_ENVS, triton.next_power_of_2(envs))
     launch(
         gae_classic_kernel,
@@ -137,7 +128,13 @@ def gae_classic_fwd(
         knobs,
         advantages_ptr=advantages,
         returns_ptr=returns,
-        **inputs,
+        rewards_ptr=contiguous(rewards),
+        values_ptr=contiguous(values),
+        next_value_ptr=contiguous(next_value),
+        terminated_ptr=contiguous(terminated),
+        truncated_ptr=contiguous(truncated),
+        final_values_ptr=contiguous(final_values),
+        discounts_ptr=discounts,
         num_steps=steps,
         num_envs=envs,
         gamma=float(gamma),

@@ -17,8 +17,15 @@ from torch import Tensor
 
 from fastppo_kernels.last_block import arrival_counter, four, is_last, load_valid
 from fastppo_kernels.launch import Launch, check_device, launch
-from fastppo_kernels.ppo_math import NUM_ENTRIES, NUM_SUMS, ppo_terms
-from fastppo_kernels.ppo_rows import ENTRIES, PPOKnobs
+from fastppo_kernels.ppo_entries import ENTRIES
+from fastppo_kernels.ppo_math import (
+    FIRST_ENTRY,
+    NUM_ENTRIES,
+    NUM_SUMS,
+    PPOInputs,
+    PPOKnobs,
+    ppo_terms,
+)
 
 # 128 programs at 65,536 tokens, one wave on an H200. Not measured on a GPU yet.
 LAUNCH = Launch(block=512, num_warps=4)
@@ -70,74 +77,38 @@ def ppo_loss_kernel(
     arrivals_ptr,
     logprobs_ptr,
     entropy_ptr,
-    old_ptr,
-    advantages_ptr,
-    weights_ptr,
-    ref_ptr,
-    rollout_ptr,
+    inputs,  # PPOInputs
     num_tokens,
     num_blocks,
-    low,
-    high,
-    dual_clip,
-    kl_coef,
-    ent_coef,
-    is_cap,
-    is_low,
-    is_high,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_ROLLOUT: tl.constexpr,
-    HAS_KL: tl.constexpr,
-    KL: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    HAS_ENTROPY_GRAD: tl.constexpr,
+    numbers,  # PPONumbers
+    CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     offs = block * BLOCK + tl.arange(0, BLOCK)
     inside = offs < num_tokens
-    w = tl.load(weights_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(inputs.weights + offs, mask=inside, other=0.0).to(tl.float32)
     valid = w != 0
-    zero = tl.zeros([BLOCK], tl.float32)
-    ent, ref, rollout = zero + float("nan"), zero, zero
-    if HAS_ENTROPY:
+    ent, ref, rollout = tl.full([BLOCK], float("nan"), tl.float32), None, None
+    if entropy_ptr is not None:
         ent = load_valid(entropy_ptr, offs, inside, valid)
-    if HAS_REF:
-        ref = load_valid(ref_ptr, offs, inside, valid)
-    if HAS_ROLLOUT:
-        rollout = load_valid(rollout_ptr, offs, inside, valid)
-    terms = ppo_terms(
-        load_valid(logprobs_ptr, offs, inside, valid),
-        ent,
-        load_valid(old_ptr, offs, inside, valid),
-        load_valid(advantages_ptr, offs, inside, valid),
-        w,
-        ref,
-        rollout,
-        low,
-        high,
-        dual_clip,
-        kl_coef,
-        ent_coef,
-        is_cap,
-        is_low,
-        is_high,
-        HAS_REF,
-        HAS_ROLLOUT,
-        HAS_KL,
-        KL,
-        CORRECTION,
-        HAS_ENTROPY_GRAD,
-    )
-    tl.store(logprob_grad_ptr + offs, terms[0], mask=inside)
-    if HAS_ENTROPY_GRAD:
-        tl.store(entropy_grad_ptr + offs, terms[1], mask=inside)
+    if inputs.ref is not None:
+        ref = load_valid(inputs.ref, offs, inside, valid)
+    if inputs.rollout is not None:
+        rollout = load_valid(inputs.rollout, offs, inside, valid)
+    lp = load_valid(logprobs_ptr, offs, inside, valid)
+    old = load_valid(inputs.old, offs, inside, valid)
+    advantages = load_valid(inputs.advantages, offs, inside, valid)
+    token = PPOInputs(old, advantages, w, ref, rollout)
+    terms = ppo_terms(lp, ent, token, numbers, CHOICES)
+    tl.store(logprob_grad_ptr + offs, terms.logprob_grad, mask=inside)
+    if CHOICES.entropy_grad:
+        tl.store(entropy_grad_ptr + offs, terms.entropy_grad, mask=inside)
     part_ptr = blocks_ptr + block
     sixteen, two = tl.arange(0, 16), tl.arange(0, 2)
-    sums, more_sums = _sixteen(terms, 2), tl.join(terms[18], terms[19])
-    maxima = tl.reduce(tl.join(terms[20], terms[21]), 0, _larger)
+    sums, more_sums = _sixteen(terms, FIRST_ENTRY), tl.join(terms.is_weight, terms.is_clipfrac)
+    maxima = tl.reduce(tl.join(terms.ratio_max, terms.logprob_diff_max), 0, _larger)
     tl.store(part_ptr + sixteen * num_blocks, tl.sum(sums, axis=0))
     tl.store(part_ptr + (16 + two) * num_blocks, tl.sum(more_sums, axis=0))
     tl.store(part_ptr + (18 + two) * num_blocks, maxima)
@@ -148,11 +119,7 @@ def ppo_loss_kernel(
 def ppo_loss(
     logprobs: Tensor,
     entropy: Tensor | None,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
+    inputs: PPOInputs,
     knobs: PPOKnobs,
     table: Launch = LAUNCH,
     chunk: int = CHUNK,
@@ -166,8 +133,8 @@ def ppo_loss(
     n, dtype = logprobs.shape[0], torch.float32
     blocks = triton.cdiv(n, table.block)
     assert blocks > 0
-    assert knobs.kl_coef == 0 or ref_logprobs is not None
-    assert knobs.correction == 0 or rollout_logprobs is not None
+    assert knobs.kl_coef == 0 or inputs.ref is not None
+    assert knobs.correction == 0 or inputs.rollout is not None
     assert knobs.ent_coef == 0 or entropy is not None
     loss = logprobs.new_empty((), dtype=dtype)
     logprob_grad = logprobs.new_empty(n, dtype=dtype)
@@ -189,28 +156,11 @@ def ppo_loss(
         arrivals_ptr=arrival_counter(logprobs.device),
         logprobs_ptr=dense(logprobs),
         entropy_ptr=dense(entropy),
-        old_ptr=dense(old_logprobs),
-        advantages_ptr=dense(advantages),
-        weights_ptr=dense(weights),
-        ref_ptr=dense(ref_logprobs),
-        rollout_ptr=dense(rollout_logprobs),
+        inputs=PPOInputs(*(dense(x) for x in inputs)),
         num_tokens=n,
         num_blocks=blocks,
-        low=float(knobs.low),
-        high=float(knobs.high),
-        dual_clip=float(knobs.dual_clip),
-        kl_coef=float(knobs.kl_coef),
-        ent_coef=float(knobs.ent_coef),
-        is_cap=float(knobs.is_cap),
-        is_low=float(knobs.is_low),
-        is_high=float(knobs.is_high),
-        HAS_ENTROPY=entropy is not None,
-        HAS_REF=ref_logprobs is not None,
-        HAS_ROLLOUT=rollout_logprobs is not None,
-        HAS_KL=knobs.kl_coef != 0,
-        KL=knobs.kl,
-        CORRECTION=knobs.correction,
-        HAS_ENTROPY_GRAD=knobs.ent_coef != 0,
+        numbers=knobs.numbers(),
+        CHOICES=knobs.choices(),
         BLOCK=table.block,
         CHUNK=chunk,
     )

@@ -10,14 +10,76 @@ Every function takes scalars (one row per program) or blocks of tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from fastppo_kernels import ppo_entries
+from fastppo_kernels.ppo_entries import ENTRIES, SUMS, PPOTerms
+
 # Exponents of ratios and of the KL estimate are clamped to ± this.
 LIMIT = tl.constexpr(20.0)
-# What a token adds to the sums, and what it enters in the maxima; see `ppo_terms`.
-NUM_SUMS = tl.constexpr(18)
-NUM_ENTRIES = tl.constexpr(20)
+NUM_SUMS = tl.constexpr(len(SUMS))
+NUM_ENTRIES = tl.constexpr(len(ENTRIES))
+FIRST_ENTRY = tl.constexpr(ppo_entries.FIRST_ENTRY)
+
+
+class PPOInputs(NamedTuple):
+    """What the loss takes as constant, for each token: of a launch (N,) tensors, in a kernel
+    pointers, then numbers. None where not given."""
+
+    old: Any
+    advantages: Any
+    weights: Any
+    ref: Any
+    rollout: Any
+
+
+class PPONumbers(NamedTuple):
+    """Those of `PPOKnobs` that do not change what is compiled."""
+
+    low: float
+    high: float
+    dual_clip: float
+    kl_coef: float
+    ent_coef: float
+    is_cap: float
+    is_low: float
+    is_high: float
+
+
+class PPOChoices(NamedTuple):
+    """What is compiled. `kl`: as in `PPOKnobs`, 0 where no KL is in the loss."""
+
+    kl: int
+    correction: int
+    entropy_grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PPOKnobs:
+    """The numbers of the loss. `kl`: 1, 2, 3 for the estimators k1, k2, k3; `correction`: 0 none, 1
+    TIS, 2 IcePop; dual_clip inf: no bound."""
+
+    low: float
+    high: float
+    dual_clip: float
+    kl_coef: float
+    ent_coef: float
+    is_cap: float
+    is_low: float
+    is_high: float
+    kl: int
+    correction: int
+
+    def numbers(self) -> PPONumbers:
+        return PPONumbers(*(float(getattr(self, name)) for name in PPONumbers._fields))
+
+    def choices(self) -> PPOChoices:
+        kl = self.kl if self.kl_coef != 0 else 0
+        return PPOChoices(kl, self.correction, self.ent_coef != 0)
 
 
 @triton.jit
@@ -45,43 +107,22 @@ def k3(x):
 
 
 @triton.jit
-def ppo_terms(
-    lp,
-    ent,
-    old,
-    adv,
-    w,
-    ref,
-    rollout,
-    low,
-    high,
-    dual_clip,
-    kl_coef,
-    ent_coef,
-    is_cap,
-    is_low,
-    is_high,
-    HAS_REF: tl.constexpr,
-    HAS_ROLLOUT: tl.constexpr,
-    HAS_KL: tl.constexpr,
-    KL: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    HAS_ENTROPY_GRAD: tl.constexpr,
-):
-    """∂L/∂logprob, ∂L/∂entropy, then NUM_ENTRIES in the order of `ppo_rows.ENTRIES`: the loss, the
-    metrics that are summed, those that are maximised. Where w is 0 the other inputs must be 0 too,
-    and every result is 0, except that what was not measured is NaN."""
+def ppo_terms(lp, ent, token, numbers, CHOICES: tl.constexpr):
+    """`PPOTerms` of log-probability, entropy and `PPOInputs` of one token or a block. Where the
+    weight is 0 the others must be 0 too, and every result is 0, except that what was not measured
+    is NaN."""
+    old, adv, w = token.old, token.advantages, token.weights
     valid = w != 0
     one = tl.where(valid, 1.0, 0.0)
     nan = tl.where(valid, float("nan"), float("nan"))
     log_ratio = lp - old
     r = tl.exp(clamp(log_ratio, LIMIT))
-    inside = tl.where(r < low, low, tl.where(r > high, high, r))
+    inside = tl.where(r < numbers.low, numbers.low, tl.where(r > numbers.high, numbers.high, r))
     unclipped, clipped = -adv * r, -adv * inside
     # Not >=: a NaN has to reach the gradient and be seen there.
     cut = unclipped < clipped
     pg = tl.where(cut, clipped, unclipped)
-    bound = -adv * dual_clip
+    bound = -adv * numbers.dual_clip
     bounded = (adv < 0) & (pg > bound)
     pg = tl.where(bounded, bound, pg)
     active = (cut | bounded | (tl.abs(log_ratio) > LIMIT)) == 0
@@ -90,65 +131,64 @@ def ppo_terms(
     is_cut = w != w
     drift = nan
     drift_kl = nan
-    if HAS_ROLLOUT:
-        drift = tl.abs(lp - rollout)
-        drift_kl = k3(lp - rollout)
-        if CORRECTION != 0:
-            is_weight = tl.exp(clamp(old - rollout, LIMIT))
-            if CORRECTION == 1:
-                is_cut = is_weight > is_cap
-                is_weight = tl.where(is_cut, is_cap, is_weight)
+    if token.rollout is not None:
+        drift = tl.abs(lp - token.rollout)
+        drift_kl = k3(lp - token.rollout)
+        if CHOICES.correction != 0:
+            is_weight = tl.exp(clamp(old - token.rollout, LIMIT))
+            if CHOICES.correction == 1:
+                is_cut = is_weight > numbers.is_cap
+                is_weight = tl.where(is_cut, numbers.is_cap, is_weight)
             else:
-                is_cut = (is_weight < is_low) | (is_weight > is_high)
+                is_cut = (is_weight < numbers.is_low) | (is_weight > numbers.is_high)
                 is_weight = tl.where(is_cut, 0.0, is_weight)
 
     policy_loss = w * is_weight * pg
     g = tl.where(active, -adv * r * is_weight * w, 0.0)
     kl_loss = one * 0.0
     ref_kl = nan
-    if HAS_REF:
-        d = lp - ref
+    if token.ref is not None:
+        d = lp - token.ref
         ref_kl = k3(-d)
-        if HAS_KL:
-            if KL == 1:
-                kl_loss = kl_coef * w * d
-                g += kl_coef * w
-            elif KL == 2:
-                kl_loss = kl_coef * w * (d * d / 2.0)
-                g += kl_coef * w * d
-            else:
-                kl_loss = kl_coef * w * ref_kl
-                slope = tl.where(tl.abs(d) > LIMIT, 1.0, -expm1(clamp(-d, LIMIT)))
-                g += kl_coef * w * slope
+        if CHOICES.kl == 1:
+            kl_loss = numbers.kl_coef * w * d
+            g += numbers.kl_coef * w
+        elif CHOICES.kl == 2:
+            kl_loss = numbers.kl_coef * w * (d * d / 2.0)
+            g += numbers.kl_coef * w * d
+        elif CHOICES.kl == 3:
+            kl_loss = numbers.kl_coef * w * ref_kl
+            slope = tl.where(tl.abs(d) > LIMIT, 1.0, -expm1(clamp(-d, LIMIT)))
+            g += numbers.kl_coef * w * slope
     loss = policy_loss + kl_loss
     h = one * 0.0
-    if HAS_ENTROPY_GRAD:
-        loss -= ent_coef * w * ent
-        h = -ent_coef * w
+    if CHOICES.entropy_grad:
+        loss -= numbers.ent_coef * w * ent
+        h = -numbers.ent_coef * w
 
     # A token that does not count has r = 1 and A = 0: outside no bound.
-    below, above = r < low, r > high
-    return (
-        g,
-        h,
-        loss,
-        one,
-        policy_loss,
-        kl_loss,
-        (below | above).to(tl.float32),
-        (below & (adv < 0)).to(tl.float32),
-        (above & (adv > 0)).to(tl.float32),
-        bounded.to(tl.float32),
-        k3(log_ratio),
-        -log_ratio,
-        ent,
-        one * r,
-        one * r * r,
-        ref_kl,
-        drift,
-        drift_kl,
-        one * is_weight,
-        one * is_cut.to(tl.float32),
-        one * r,
-        drift,
+    below, above = r < numbers.low, r > numbers.high
+    return PPOTerms(
+        logprob_grad=g,
+        entropy_grad=h,
+        loss=loss,
+        num_tokens=one,
+        policy_loss=policy_loss,
+        kl_loss=kl_loss,
+        clipfrac=(below | above).to(tl.float32),
+        clipfrac_low=(below & (adv < 0)).to(tl.float32),
+        clipfrac_high=(above & (adv > 0)).to(tl.float32),
+        clipfrac_dual=bounded.to(tl.float32),
+        approx_kl=k3(log_ratio),
+        old_approx_kl=-log_ratio,
+        entropy=ent,
+        ratio=one * r,
+        ratio_squared=one * r * r,
+        ref_kl=ref_kl,
+        logprob_diff=drift,
+        rollout_kl=drift_kl,
+        is_weight=one * is_weight,
+        is_clipfrac=one * is_cut.to(tl.float32),
+        ratio_max=one * r,
+        logprob_diff_max=drift,
     )

@@ -23,174 +23,86 @@ written (of the other array's b); without gradients only the first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastppo_kernels.launch import choose, launch
-from fastppo_kernels.ppo_math import NUM_ENTRIES, ppo_terms
+from fastppo_kernels.ppo_entries import ENTRIES
+from fastppo_kernels.ppo_math import FIRST_ENTRY, NUM_ENTRIES, PPOInputs, PPOKnobs, ppo_terms
 from fastppo_kernels.row_math import (
-    LOG2_E,
     gradient_factors,
+    matrix,
+    row_of,
     row_statistics,
     write_gradient,
 )
 from fastppo_kernels.token_logprobs import STATISTICS_LAUNCHES, check_logits
 
-ENTRIES = (
-    "loss",
-    "num_tokens",
-    "policy_loss",
-    "kl_loss",
-    "clipfrac",
-    "clipfrac_low",
-    "clipfrac_high",
-    "clipfrac_dual",
-    "approx_kl",
-    "old_approx_kl",
-    "entropy",
-    "ratio",
-    "ratio_squared",
-    "ref_kl",
-    "logprob_diff",
-    "rollout_kl",
-    "is_weight",
-    "is_clipfrac",
-    "ratio_max",
-    "logprob_diff_max",
-)
-"""What `ppo_rows` returns for each row, in this order."""
-
-
-@dataclass(frozen=True, slots=True)
-class PPOKnobs:
-    """The numbers of the loss. `kl`: 1, 2, 3 for the estimators k1, k2, k3; `correction`: 0 none, 1
-    TIS, 2 IcePop; dual_clip inf: no bound."""
-
-    low: float
-    high: float
-    dual_clip: float
-    kl_coef: float
-    ent_coef: float
-    is_cap: float
-    is_low: float
-    is_high: float
-    kl: int
-    correction: int
-
 
 @triton.jit(do_not_specialize=["stride_entry"])  # the number of rows
 def ppo_rows_kernel(
-    logits_ptr,
-    out_ptr,
+    logits,  # Matrix
+    out,  # Matrix, or None: no gradient
     targets_ptr,
     temperatures_ptr,
-    old_ptr,
-    advantages_ptr,
-    weights_ptr,
-    ref_ptr,
-    rollout_ptr,
+    inputs,  # PPOInputs
     entries_ptr,
     vocab,
-    stride_row,
-    stride_col,
-    stride_out_row,
-    stride_out_col,
     stride_entry,
     temperature,
     softcap,
-    low,
-    high,
-    dual_clip,
-    kl_coef,
-    ent_coef,
-    is_cap,
-    is_low,
-    is_high,
-    HAS_TEMPERATURES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_ROLLOUT: tl.constexpr,
-    HAS_KL: tl.constexpr,
-    KL: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    HAS_ENTROPY_GRAD: tl.constexpr,
+    numbers,  # PPONumbers
+    CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride_row
+    row_logits = row_of(logits, row)
     target = tl.load(targets_ptr + row)
     tau = temperature
-    if HAS_TEMPERATURES:
+    if temperatures_ptr is not None:
         tau = tl.load(temperatures_ptr + row).to(tl.float32)
     logprob, entropy, m, log_sum = row_statistics(
-        row_ptr, target, vocab, stride_col, tau, softcap, HAS_SOFTCAP, BLOCK, WIDTH
+        row_logits, target, vocab, tau, softcap, BLOCK, WIDTH
     )
 
-    w = tl.load(weights_ptr + row).to(tl.float32)
+    w = tl.load(inputs.weights + row).to(tl.float32)
     valid = w != 0
-    ref = 0.0
-    if HAS_REF:
-        ref = tl.where(valid, tl.load(ref_ptr + row).to(tl.float32), 0.0)
-    rollout = 0.0
-    if HAS_ROLLOUT:
-        rollout = tl.where(valid, tl.load(rollout_ptr + row).to(tl.float32), 0.0)
-    terms = ppo_terms(
-        tl.where(valid, logprob, 0.0),
-        tl.where(valid, entropy, 0.0),
-        tl.where(valid, tl.load(old_ptr + row).to(tl.float32), 0.0),
-        tl.where(valid, tl.load(advantages_ptr + row).to(tl.float32), 0.0),
-        w,
-        ref,
-        rollout,
-        low,
-        high,
-        dual_clip,
-        kl_coef,
-        ent_coef,
-        is_cap,
-        is_low,
-        is_high,
-        HAS_REF,
-        HAS_ROLLOUT,
-        HAS_KL,
-        KL,
-        CORRECTION,
-        HAS_ENTROPY_GRAD,
-    )
+    ref, rollout = None, None
+    if inputs.ref is not None:
+        ref = tl.where(valid, tl.load(inputs.ref + row).to(tl.float32), 0.0)
+    if inputs.rollout is not None:
+        rollout = tl.where(valid, tl.load(inputs.rollout + row).to(tl.float32), 0.0)
+    lp, ent = tl.where(valid, logprob, 0.0), tl.where(valid, entropy, 0.0)
+    old = tl.where(valid, tl.load(inputs.old + row).to(tl.float32), 0.0)
+    advantage = tl.where(valid, tl.load(inputs.advantages + row).to(tl.float32), 0.0)
+    token = PPOInputs(old, advantage, w, ref, rollout)
+    terms = ppo_terms(lp, ent, token, numbers, CHOICES)
     at = entries_ptr + row
     for i in tl.static_range(NUM_ENTRIES):
-        tl.store(at + i * stride_entry, terms[2 + i])
+        tl.store(at + i * stride_entry, terms[FIRST_ENTRY + i])
 
-    if out_ptr is not None:
+    if out is not None:
         # Every thread has read the row, the target's logit included, before one writes to it.
         tl.debug_barrier()
-        g, h = terms[0], terms[1]
+        g, h = terms.logprob_grad, terms.entropy_grad
         live = valid & ((g != 0) | (h != 0))
-        at_target, constant, slope = gradient_factors(g, h, entropy, log_sum, tau)
+        factors = gradient_factors(g, h, entropy, m, log_sum, tau)
+        row_out = row_of(out, row)
         steps = tl.cdiv(vocab, BLOCK)
         for step in tl.range(0, steps):
             write_gradient(
-                row_ptr,
-                out_ptr + row * stride_out_row,
+                row_logits,
+                row_out,
                 (steps - 1 - step) * BLOCK,
                 target,
                 live,
                 vocab,
-                stride_col,
-                stride_out_col,
-                m,
-                LOG2_E / tau,
-                at_target,
-                constant,
-                slope,
+                factors,
                 softcap,
-                HAS_SOFTCAP,
-                HAS_ENTROPY_GRAD,
+                CHOICES.entropy_grad,
                 BLOCK,
             )
 
@@ -198,11 +110,7 @@ def ppo_rows_kernel(
 def ppo_rows(
     logits: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
+    inputs: PPOInputs,
     knobs: PPOKnobs,
     temperature: float | Tensor,
     softcap: float | None,
@@ -213,15 +121,14 @@ def ppo_rows(
     The gradient (N, V) goes to `out`, which may be `logits` itself or have another dtype; None:
     nobody wants it.
 
-    An entry that needs ref_logprobs or rollout_logprobs and has none is NaN. Arguments as in
+    An entry that needs `inputs.ref` or `inputs.rollout` and has none is NaN. Arguments as in
     `token_logprobs_fwd`; the per-row inputs are (N,) floating and contiguous.
     """
     rows = temperature if isinstance(temperature, Tensor) else None
-    inputs = (old_logprobs, advantages, weights, ref_logprobs, rollout_logprobs)
     check_logits(logits, targets, rows, *inputs)
     assert out is None or out.shape == logits.shape
-    assert knobs.kl_coef == 0 or ref_logprobs is not None
-    assert knobs.correction == 0 or rollout_logprobs is not None
+    assert knobs.kl_coef == 0 or inputs.ref is not None
+    assert knobs.correction == 0 or inputs.rollout is not None
     n, vocab = logits.shape
     entries = logits.new_empty((len(ENTRIES), n), dtype=torch.float32)
     if n == 0:
@@ -231,40 +138,18 @@ def ppo_rows(
         ppo_rows_kernel,
         (n,),
         table,
-        logits_ptr=logits,
-        out_ptr=out,
+        logits=matrix(logits),
+        out=None if out is None else matrix(out),
         targets_ptr=targets,
         temperatures_ptr=rows,
-        old_ptr=old_logprobs,
-        advantages_ptr=advantages,
-        weights_ptr=weights,
-        ref_ptr=ref_logprobs,
-        rollout_ptr=rollout_logprobs,
+        inputs=inputs,
         entries_ptr=entries,
         vocab=vocab,
-        stride_row=logits.stride(0),
-        stride_col=logits.stride(1),
-        stride_out_row=0 if out is None else out.stride(0),
-        stride_out_col=0 if out is None else out.stride(1),
         stride_entry=n,
         temperature=1.0 if rows is not None else float(temperature),
-        softcap=1.0 if softcap is None else float(softcap),
-        low=float(knobs.low),
-        high=float(knobs.high),
-        dual_clip=float(knobs.dual_clip),
-        kl_coef=float(knobs.kl_coef),
-        ent_coef=float(knobs.ent_coef),
-        is_cap=float(knobs.is_cap),
-        is_low=float(knobs.is_low),
-        is_high=float(knobs.is_high),
-        HAS_TEMPERATURES=rows is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_REF=ref_logprobs is not None,
-        HAS_ROLLOUT=rollout_logprobs is not None,
-        HAS_KL=knobs.kl_coef != 0,
-        KL=knobs.kl,
-        CORRECTION=knobs.correction,
-        HAS_ENTROPY_GRAD=knobs.ent_coef != 0,
+        softcap=None if softcap is None else float(softcap),
+        numbers=knobs.numbers(),
+        CHOICES=knobs.choices(),
         BLOCK=table.block,
         WIDTH=16 // logits.itemsize,
     )

@@ -20,6 +20,7 @@ the result beyond rounding. No atomics and no waiting between blocks: same input
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,6 +43,14 @@ class ScanLaunch(Launch):
 
 # Not measured on a GPU yet. Left to itself, ptxas spills a few of some 90 registers.
 LAUNCH = ScanLaunch(block=1024, num_warps=16, max_registers=128, chunk=128, one_launch=4096)
+
+
+class Extent(NamedTuple):
+    """How much there is, inside a kernel; its arguments stay apart, so that none is specialised."""
+
+    num_tokens: Any
+    num_sequences: Any
+    num_search_steps: Any
 
 
 @triton.jit
@@ -80,13 +89,13 @@ def is_open(a, e, p):
 
 
 @triton.jit
-def sequence_of(offs, cu_seqlens_ptr, num_tokens, num_sequences, num_search_steps):
+def sequence_of(offs, cu_seqlens_ptr, extent):
     """The sequence of each token, and whether it is that sequence's last."""
-    inside = offs < num_tokens
+    inside = offs < extent.num_tokens
     # First s in [1, B] with cu_seqlens[s] > t: the end of the sequence that holds t.
     low = tl.zeros_like(offs).to(tl.int32) + 1
-    high = tl.zeros_like(low) + num_sequences
-    for _ in range(num_search_steps):
+    high = tl.zeros_like(low) + extent.num_sequences
+    for _ in range(extent.num_search_steps):
         middle = (low + high) // 2
         above = tl.load(cu_seqlens_ptr + middle, mask=inside, other=0).to(tl.int64) > offs
         high = tl.where(above, middle, high)
@@ -96,11 +105,11 @@ def sequence_of(offs, cu_seqlens_ptr, num_tokens, num_sequences, num_search_step
 
 
 @triton.jit
-def leaves_block(stop, cu_seqlens_ptr, num_tokens, num_sequences, num_search_steps):
+def leaves_block(stop, cu_seqlens_ptr, extent):
     """Whether a sequence goes on from token stop − 1 to token stop."""
     offs = tl.zeros([1], tl.int64) + stop
-    _, last = sequence_of(offs - 1, cu_seqlens_ptr, num_tokens, num_sequences, num_search_steps)
-    return tl.sum(((offs < num_tokens) & (~last)).to(tl.int32), axis=0) > 0
+    _, last = sequence_of(offs - 1, cu_seqlens_ptr, extent)
+    return tl.sum(((offs < extent.num_tokens) & (~last)).to(tl.int32), axis=0) > 0
 
 
 @triton.jit
@@ -139,9 +148,9 @@ def search_steps(num_sequences: int) -> int:
     return num_sequences.bit_length()
 
 
-def pointers(**tensors: Tensor | None) -> dict[str, Tensor | None]:
-    """The tensors as the kernels name and read them: `x_ptr`, contiguous."""
-    return {f"{k}_ptr": None if x is None else x.contiguous() for k, x in tensors.items()}
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """As the kernels read it."""
+    return None if x is None else x.contiguous()
 
 
 def block_maps(

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from fastppo_kernels.launch import Launch, Table, check_device, choose, launch
 from fastppo_kernels.row_math import (
-    LOG2_E,
     gradient_factors,
+    matrix,
+    row_of,
     row_statistics,
     write_gradient,
 )
@@ -61,96 +62,65 @@ class RowStatistics(NamedTuple):
 
 @triton.jit
 def token_logprobs_fwd_kernel(
-    logits_ptr,
+    logits,  # Matrix
+    vocab,
     targets_ptr,
     temperatures_ptr,
-    logprobs_ptr,
-    entropy_ptr,
-    max_ptr,
-    log_sum_ptr,
-    vocab,
-    stride_row,
-    stride_col,
+    stats,  # RowStatistics
     temperature,
     softcap,
-    HAS_TEMPERATURES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     tau = temperature
-    if HAS_TEMPERATURES:
+    if temperatures_ptr is not None:
         tau = tl.load(temperatures_ptr + row).to(tl.float32)
     logprob, entropy, m, log_sum = row_statistics(
-        logits_ptr + row * stride_row,
-        tl.load(targets_ptr + row),
-        vocab,
-        stride_col,
-        tau,
-        softcap,
-        HAS_SOFTCAP,
-        BLOCK,
-        WIDTH,
+        row_of(logits, row), tl.load(targets_ptr + row), vocab, tau, softcap, BLOCK, WIDTH
     )
-    tl.store(logprobs_ptr + row, logprob)
-    tl.store(entropy_ptr + row, entropy)
-    tl.store(max_ptr + row, m)
-    tl.store(log_sum_ptr + row, log_sum)
+    tl.store(stats.logprobs + row, logprob)
+    tl.store(stats.entropy + row, entropy)
+    tl.store(stats.max + row, m)
+    tl.store(stats.log_sum + row, log_sum)
 
 
 @triton.jit
 def token_logprobs_bwd_kernel(
-    logits_ptr,
+    logits,  # Matrix
+    out,  # Matrix
     targets_ptr,
     temperatures_ptr,
-    entropy_ptr,
-    max_ptr,
-    log_sum_ptr,
+    stats,  # RowStatistics
     logprobs_grad_ptr,
     entropy_grad_ptr,
-    out_ptr,
     vocab,
-    stride_row,
-    stride_col,
-    stride_out_row,
-    stride_out_col,
     temperature,
     softcap,
-    HAS_TEMPERATURES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     tau = temperature
-    if HAS_TEMPERATURES:
+    if temperatures_ptr is not None:
         tau = tl.load(temperatures_ptr + row).to(tl.float32)
     g = tl.load(logprobs_grad_ptr + row).to(tl.float32)
     live = g != 0
     h = 0.0
-    if HAS_ENTROPY_GRAD:
+    if entropy_grad_ptr is not None:
         h = tl.load(entropy_grad_ptr + row).to(tl.float32)
         live = live | (h != 0)
-    entropy, log_sum = tl.load(entropy_ptr + row), tl.load(log_sum_ptr + row)
-    at_target, constant, slope = gradient_factors(g, h, entropy, log_sum, tau)
+    entropy, log_sum = tl.load(stats.entropy + row), tl.load(stats.log_sum + row)
+    factors = gradient_factors(g, h, entropy, tl.load(stats.max + row), log_sum, tau)
     write_gradient(
-        logits_ptr + row * stride_row,
-        out_ptr + row * stride_out_row,
+        row_of(logits, row),
+        row_of(out, row),
         tl.program_id(1) * BLOCK,
         tl.load(targets_ptr + row),
         live,
         vocab,
-        stride_col,
-        stride_out_col,
-        tl.load(max_ptr + row),
-        LOG2_E / tau,
-        at_target,
-        constant,
-        slope,
+        factors,
         softcap,
-        HAS_SOFTCAP,
-        HAS_ENTROPY_GRAD,
+        entropy_grad_ptr is not None,
         BLOCK,
     )
 
@@ -194,20 +164,13 @@ def token_logprobs_fwd(
         token_logprobs_fwd_kernel,
         (n,),
         knobs,
-        logits_ptr=logits,
+        logits=matrix(logits),
         targets_ptr=targets,
         temperatures_ptr=rows,
-        logprobs_ptr=stats.logprobs,
-        entropy_ptr=stats.entropy,
-        max_ptr=stats.max,
-        log_sum_ptr=stats.log_sum,
+        stats=stats,
         vocab=vocab,
-        stride_row=logits.stride(0),
-        stride_col=logits.stride(1),
         temperature=1.0 if rows is not None else float(temperature),
-        softcap=1.0 if softcap is None else float(softcap),
-        HAS_TEMPERATURES=rows is not None,
-        HAS_SOFTCAP=softcap is not None,
+        softcap=None if softcap is None else float(softcap),
         BLOCK=knobs.block,
         WIDTH=16 // logits.itemsize,
     )
@@ -245,24 +208,15 @@ def token_logprobs_bwd_out(
         token_logprobs_bwd_kernel,
         (n, triton.cdiv(vocab, knobs.block)),
         knobs,
-        logits_ptr=logits,
+        logits=matrix(logits),
+        out=matrix(out),
         targets_ptr=targets,
         temperatures_ptr=rows,
-        entropy_ptr=stats.entropy,
-        max_ptr=stats.max,
-        log_sum_ptr=stats.log_sum,
+        stats=stats,
         logprobs_grad_ptr=logprobs_grad,
         entropy_grad_ptr=entropy_grad,
-        out_ptr=out,
         vocab=vocab,
-        stride_row=logits.stride(0),
-        stride_col=logits.stride(1),
-        stride_out_row=out.stride(0),
-        stride_out_col=out.stride(1),
         temperature=1.0 if rows is not None else float(temperature),
-        softcap=1.0 if softcap is None else float(softcap),
-        HAS_TEMPERATURES=rows is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_ENTROPY_GRAD=entropy_grad is not None,
+        softcap=None if softcap is None else float(softcap),
         BLOCK=knobs.block,
     )

@@ -32,9 +32,9 @@ ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _twice_rho(x, huber, HUBER: tl.constexpr):
+def _twice_rho(x, huber):
     """2ρ(x)."""
-    if HUBER:
+    if huber is not None:
         size = tl.abs(x)
         return tl.where(size > huber, huber * (2.0 * size - huber), x * x)
     return x * x
@@ -88,8 +88,6 @@ def value_loss_kernel(
     num_blocks,
     clip,
     huber,
-    CLIP: tl.constexpr,
-    HUBER: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -101,16 +99,16 @@ def value_loss_kernel(
     v = load_valid(values_ptr, offs, inside, valid)
     target = load_valid(returns_ptr, offs, inside, valid)
     error = v - target
-    size = _twice_rho(error, huber, HUBER)
+    size = _twice_rho(error, huber)
     slope = error
-    if HUBER:
+    if huber is not None:
         slope = tl.where(error > huber, huber, tl.where(error < -huber, -huber, error))
     cut = inside & (offs < 0)
-    if CLIP:
+    if clip is not None:
         old = load_valid(old_values_ptr, offs, inside, valid)
         moved = tl.maximum(v, old - clip, propagate_nan=ALL)
         moved = tl.minimum(moved, old + clip, propagate_nan=ALL)
-        clipped = _twice_rho(moved - target, huber, HUBER)
+        clipped = _twice_rho(moved - target, huber)
         cut = clipped > size
         size = tl.maximum(size, clipped, propagate_nan=ALL)
         slope = tl.where(cut, 0.0, slope)
@@ -164,10 +162,8 @@ def value_loss(
         weights_ptr=weights.contiguous(),
         num_tokens=n,
         num_blocks=blocks,
-        clip=0.0 if clip is None else float(clip),
-        huber=0.0 if huber is None else float(huber),
-        CLIP=clip is not None,
-        HUBER=huber is not None,
+        clip=None if clip is None else float(clip),
+        huber=None if huber is None else float(huber),
         BLOCK=table.block,
         CHUNK=chunk,
     )

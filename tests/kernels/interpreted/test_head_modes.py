@@ -7,7 +7,8 @@ import os
 
 import pytest
 import torch
-from fastppo_kernels.ppo_rows import PPOKnobs, ppo_rows
+from fastppo_kernels.ppo_math import PPOInputs, PPOKnobs
+from fastppo_kernels.ppo_rows import ppo_rows
 from fastppo_kernels.token_logprobs import token_logprobs_bwd_out, token_logprobs_fwd
 
 from fastppo.ops import (
@@ -186,13 +187,13 @@ def test_a_gradient_of_another_dtype_stays_inside_its_array(dtype, rng, canaries
     values = torch.randn(3, V, generator=rng)
     logits, out, again = (canaries(3, V, t).to(DEVICE) for t in (torch.float32, dtype, dtype))
     logits.copy_(values)
-    targets, per_row = targets[:3], [x[:3].clone() for x in rows.values()]
-    per_row[2].copy_(torch.tensor([0.5, 0.0, 0.5]))
-    entries = ppo_rows(logits, targets, *per_row, KNOBS, 0.7, 9.0, out=out)
+    targets, per_row = targets[:3], PPOInputs(*(x[:3].clone() for x in rows.values()))
+    per_row.weights.copy_(torch.tensor([0.5, 0.0, 0.5]))
+    entries = ppo_rows(logits, targets, per_row, KNOBS, 0.7, 9.0, out=out)
     assert torch.equal(logits.cpu(), values)
-    assert torch.equal(entries, ppo_rows(logits, targets, *per_row, KNOBS, 0.7, 9.0, out=None))
+    assert torch.equal(entries, ppo_rows(logits, targets, per_row, KNOBS, 0.7, 9.0, out=None))
     inplace = logits.clone()
-    ppo_rows(inplace, targets, *per_row, KNOBS, 0.7, 9.0, out=inplace)
+    ppo_rows(inplace, targets, per_row, KNOBS, 0.7, 9.0, out=inplace)
     assert torch.equal(out, inplace.to(dtype))
     assert (out[1] == 0).all() and (out[0] != 0).any()
     stats = token_logprobs_fwd(logits, targets, 0.7, 9.0)

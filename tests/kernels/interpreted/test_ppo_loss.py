@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from fastppo_kernels.launch import Launch
 from fastppo_kernels.ppo_loss import ppo_loss
+from fastppo_kernels.ppo_math import PPOInputs
 
 from fastppo.ops import PPOLossConfig, ppo_loss_reference
 from fastppo.ops._cuda import ppo_knobs
@@ -35,6 +36,11 @@ CONFIGS = {
         is_cap=1.1,
     ),
 }
+
+
+def launch(tensors, config):
+    lp, entropy, *constants = tensors
+    return ppo_loss(lp, entropy, PPOInputs(*constants), ppo_knobs(config), **SMALL)
 
 
 def draw(n, dtype=torch.float32):
@@ -64,7 +70,7 @@ def truth(tensors, config):
 def test_against_float64(n, name, no_worse):
     tensors, config = draw(n), CONFIGS[name]
     expected = truth(tensors, config)
-    result = ppo_loss(*tensors, ppo_knobs(config), **SMALL)
+    result = launch(tensors, config)
     plain = ppo_loss_torch(*tensors, None, *config_arguments(config))
     for a, b, c in zip(result, plain, expected, strict=True):
         no_worse(a, b, c)
@@ -75,7 +81,7 @@ def test_against_float64(n, name, no_worse):
     for poison in (torch.nan, torch.inf):
         dirty = [torch.where(masked, poison, x) for x in tensors]
         dirty[4] = tensors[4]
-        again = ppo_loss(*dirty, ppo_knobs(config), **SMALL)
+        again = launch(dirty, config)
         assert all(torch.equal(a, b) for a, b in zip(again, result, strict=True))
 
 
@@ -83,15 +89,15 @@ def test_against_float64(n, name, no_worse):
 def test_half_precision_is_read_exactly(dtype, no_worse):
     tensors, config = draw(50, dtype), CONFIGS["everything"]
     floats = [x.float() for x in tensors]
-    result = ppo_loss(*tensors, ppo_knobs(config), **SMALL)
-    expected = ppo_loss(*floats, ppo_knobs(config), **SMALL)
+    result = launch(tensors, config)
+    expected = launch(floats, config)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def test_inputs_not_given_are_not_measured():
     lp, _, old, advantages, weights, _, _ = draw(40)
     tensors = (lp, None, old, advantages, weights, None, None)
-    result = ppo_loss(*tensors, ppo_knobs(PPOLossConfig()), **SMALL)
+    result = launch(tensors, PPOLossConfig())
     expected = ppo_loss_torch(*tensors, None, *config_arguments(PPOLossConfig()))
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True, rtol=2e-6, atol=2e-6)
@@ -101,8 +107,8 @@ def test_inputs_not_given_are_not_measured():
 def test_strided_inputs():
     tensors, config = draw(40), CONFIGS["everything"]
     strided = [torch.stack([x, x + 1], dim=1)[:, 0] for x in tensors]
-    expected = ppo_loss(*tensors, ppo_knobs(config), **SMALL)
-    result = ppo_loss(*strided, ppo_knobs(config), **SMALL)
+    expected = launch(tensors, config)
+    result = launch(strided, config)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
@@ -111,7 +117,7 @@ def test_strided_inputs():
 def test_a_valid_token_that_is_not_finite_shows_as_in_torch(bad, which):
     tensors, config = draw(40), CONFIGS["everything"]
     tensors[which][int(tensors[4].nonzero()[3])] = bad
-    result = ppo_loss(*tensors, ppo_knobs(config), **SMALL)
+    result = launch(tensors, config)
     expected = ppo_loss_torch(*tensors, None, *config_arguments(config))
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True, rtol=2e-6, atol=2e-6)
