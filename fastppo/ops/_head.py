@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -204,10 +204,10 @@ def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | 
 
 
 def fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rest: Sequence[Any]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """The shapes of `present`; `rest` ends with the options of the op."""
-    inputs = zip((hidden, weight, bias), rest[-3:], strict=True)
+    """The shapes of `present`."""
+    inputs = zip((hidden, weight, bias), needs, strict=True)
     return present(
         [x.new_empty(x.shape) if x is not None and n else None for x, n in inputs], weight
     )

@@ -6,7 +6,8 @@ Shapes: N rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +41,12 @@ class HeadOptions(NamedTuple):
 
     @property
     def needs_grad(self) -> bool:
-        return self.needs_hidden or self.needs_weight or self.needs_bias
+        return any(self.needs)
+
+    @property
+    def needs(self) -> tuple[bool, bool, bool]:
+        """Whether the gradients of hidden, weight and bias are wanted."""
+        return self.needs_hidden, self.needs_weight, self.needs_bias
 
     def logits_dtype(self) -> torch.dtype:
         """float32 under fp32_logits where the operands have fewer digits, else theirs."""
@@ -63,6 +69,11 @@ OPTIONS_SCHEMA = (
     "bool low_memory, bool fp32_logits, ScalarType dtype, "
     "bool needs_hidden, bool needs_weight, bool needs_bias"
 )
+
+
+def options_of(arguments: Sequence[Any]) -> HeadOptions:
+    """The options at the end of the arguments of an op."""
+    return HeadOptions(*arguments[-len(HeadOptions._fields) :])
 
 
 def check_head(

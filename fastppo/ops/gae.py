@@ -21,7 +21,7 @@ long, with one more for norm_adv.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +107,27 @@ def gae_reference(
     return GAE(adv.to(dtype), returns.to(dtype))
 
 
+class _Arguments(NamedTuple):
+    """The op's arguments, values in the dtype of the results."""
+
+    values: Tensor
+    cu_seqlens: Tensor
+    rewards: Tensor | None
+    mask: Tensor | None
+    bootstrap: Tensor | None
+    kl: Tensor | None
+    scores: Tensor | None
+    discounts: Tensor | None
+    """(2 or 3, B) float64: γ, λ and the critic's λ per sequence, in place of the three numbers."""
+    gamma: float
+    gae_lambda: float
+    returns_lambda: float | None
+    kl_coef: float
+    mask_mode: str
+    norm_adv: bool
+    max_seqlen: int | None
+
+
 @torch.library.custom_op(
     "fastppo::gae",
     mutates_args=(),
@@ -115,103 +136,70 @@ def gae_reference(
     "float? returns_lambda, float kl_coef, str mask_mode, bool norm_adv, SymInt? max_seqlen) "
     "-> (Tensor, Tensor)",
 )
-def _gae(
-    values: Tensor,
-    cu_seqlens: Tensor,
-    rewards: Tensor | None,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    kl: Tensor | None,
-    scores: Tensor | None,
-    discounts: Tensor | None,
-    gamma: float,
-    gae_lambda: float,
-    returns_lambda: float | None,
-    kl_coef: float,
-    mask_mode: str,
-    norm_adv: bool,
-    max_seqlen: int | None,
-) -> tuple[Tensor, Tensor]:
-    """In C++; tensors of a device without a kernel of its own come to the CPU and go back.
-
-    `discounts` (2 or 3, B) float64 holds γ, λ and the critic's λ per sequence and replaces the
-    three numbers.
-    """
-    host = values.to("cpu").contiguous()
+def _gae(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """In C++; tensors of a device without a kernel of its own come to the CPU and go back."""
+    given = _Arguments(*arguments)
+    host = given.values.to("cpu").contiguous()
 
     def array(x: Tensor | None, dtype: torch.dtype) -> object:
         return None if x is None else x.to("cpu", dtype).contiguous().numpy()
 
-    factors: tuple[object, ...] = (gamma, gae_lambda, returns_lambda)
-    if discounts is not None:
-        factors = (*discounts.cpu().numpy(), None)[:3]
+    factors: tuple[object, ...] = (given.gamma, given.gae_lambda, given.returns_lambda)
+    if given.discounts is not None:
+        factors = (*given.discounts.cpu().numpy(), None)[:3]
     advantages, returns = torch.empty_like(host), torch.empty_like(host)
     _C.gae(
         advantages.numpy(),
         returns.numpy(),
         host.numpy(),
-        array(cu_seqlens, cu_seqlens.dtype),
+        array(given.cu_seqlens, given.cu_seqlens.dtype),
         gamma=factors[0],
         gae_lambda=factors[1],
         returns_lambda=factors[2],
-        rewards=array(rewards, host.dtype),
-        mask=array(mask, torch.bool),
-        mask_mode=mask_mode,
-        bootstrap=array(bootstrap, host.dtype),
-        kl=array(kl, host.dtype),
-        kl_coef=kl_coef,
-        scores=array(scores, host.dtype),
-        whiten_eps=EPS if norm_adv else None,
+        rewards=array(given.rewards, host.dtype),
+        mask=array(given.mask, torch.bool),
+        mask_mode=given.mask_mode,
+        bootstrap=array(given.bootstrap, host.dtype),
+        kl=array(given.kl, host.dtype),
+        kl_coef=given.kl_coef,
+        scores=array(given.scores, host.dtype),
+        whiten_eps=EPS if given.norm_adv else None,
     )
-    return advantages.to(values.device), returns.to(values.device)
+    return advantages.to(given.values.device), returns.to(given.values.device)
 
 
 @_gae.register_kernel("cuda")
-def gae_triton(
-    values: Tensor,
-    cu_seqlens: Tensor,
-    rewards: Tensor | None,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    kl: Tensor | None,
-    scores: Tensor | None,
-    discounts: Tensor | None,
-    gamma: float,
-    gae_lambda: float,
-    returns_lambda: float | None,
-    kl_coef: float,
-    mask_mode: str,
-    norm_adv: bool,
-    max_seqlen: int | None,
-) -> tuple[Tensor, Tensor]:
+def gae_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
     """One or two launches, no host sync; one more to whiten, a few to find where scores go among
     masked tokens that are not carried through, and one to round discounts per sequence."""
     from fastppo_kernels.gae import gae_fwd
     from fastppo_kernels.whiten import whiten_from
 
-    if scores is not None and mask is not None and mask_mode != "carry":
+    x = _Arguments(*arguments)
+    values, mask, rewards, scores = x.values, x.mask, x.rewards, x.scores
+    if scores is not None and mask is not None and x.mask_mode != "carry":
         count = mask.long().cumsum(0)
-        sequence = segment_ids(cu_seqlens, mask.shape[0])
-        of_sequence = torch.cat([count.new_zeros(1), count])[cu_seqlens[1:].long()][sequence]
+        sequence = segment_ids(x.cu_seqlens, mask.shape[0])
+        of_sequence = torch.cat([count.new_zeros(1), count])[x.cu_seqlens[1:].long()][sequence]
         placed = torch.where(mask & (count == of_sequence), scores.to(values.dtype)[sequence], 0.0)
         rewards = placed if rewards is None else rewards.to(values.dtype) + placed
         scores = None
     advantages, returns, moments = gae_fwd(
         values,
-        cu_seqlens,
-        gamma=gamma,
-        gae_lambda=gae_lambda,
-        returns_lambda=returns_lambda,
+        x.cu_seqlens,
+        gamma=x.gamma,
+        gae_lambda=x.gae_lambda,
+        returns_lambda=x.returns_lambda,
         rewards=rewards,
         mask=mask,
-        mask_mode=mask_mode,
-        bootstrap=bootstrap,
-        kl=kl,
-        kl_coef=kl_coef,
+        mask_mode=x.mask_mode,
+        bootstrap=x.bootstrap,
+        kl=x.kl,
+        kl_coef=x.kl_coef,
         scores=scores,
-        discounts=discounts,
-        max_seqlen=max_seqlen,
-        with_moments=norm_adv,
+        discounts=x.discounts,
+        max_seqlen=x.max_seqlen,
+        with_moments=x.norm_adv,
     )
     if moments is not None:
         valid = None if mask is None else mask.contiguous()

@@ -34,7 +34,13 @@ from fastppo.ops._head import (
     present,
     wanted,
 )
-from fastppo.ops._head_options import OPTIONS_SCHEMA, HeadOptions, check_head, head_options
+from fastppo.ops._head_options import (
+    OPTIONS_SCHEMA,
+    HeadOptions,
+    check_head,
+    head_options,
+    options_of,
+)
 from fastppo.ops._head_tiles import tiled_gradients
 from fastppo.ops._precision import compute_dtype, without_autocast
 from fastppo.ops._rows import RowStats, row_gradient, row_stats
@@ -163,7 +169,7 @@ def _forward(
 
 @_forward.register_fake
 def _(hidden: Tensor, *rest: Any) -> RowStats:
-    dtype = compute_dtype(torch.empty((), dtype=rest[-4], device="meta"))
+    dtype = compute_dtype(torch.empty((), dtype=options_of(rest).dtype, device="meta"))
     return RowStats(*(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4)))
 
 
@@ -211,14 +217,16 @@ def _backward(
 
 @_backward.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(hidden, weight, bias, rest)
+    return fake_gradients(hidden, weight, bias, options_of(rest).needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, keep, ctx.num_live, tau, taus, *ctx.options = inputs
+    hidden, weight, bias, targets, keep, ctx.num_live, *_ = inputs
+    options = options_of(inputs)
     _, entropy, max, log_sum = output
+    taus, ctx.options = options.temperatures, options._replace(temperatures=None)
     ctx.save_for_backward(hidden, weight, bias, targets, keep, taus, entropy, max, log_sum)
-    ctx.temperature = tau
+    ctx.num_inputs = len(inputs)
     ctx.mark_non_differentiable(max, log_sum)
     ctx.set_materialize_grads(False)
 
@@ -226,8 +234,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _run_backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_: None) -> tuple[Any, ...]:
     hidden, weight, bias, targets, keep, taus, *stats = ctx.saved_tensors
     at = (targets, keep, ctx.num_live, *stats, torch.zeros_like(stats[0]) if g is None else g, h)
-    grads = _backward(hidden, weight, bias, *at, ctx.temperature, taus, *ctx.options)
-    return (*wanted(grads, ctx.options[-3:]), *[None] * 13)
+    options = ctx.options._replace(temperatures=taus)
+    grads = _backward(hidden, weight, bias, *at, *options)
+    return (*wanted(grads, options.needs), *[None] * (ctx.num_inputs - 3))
 
 
 _forward.register_autograd(_run_backward, setup_context=_setup_context)

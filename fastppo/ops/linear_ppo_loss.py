@@ -26,7 +26,7 @@ from torch.library import custom_op
 
 from fastppo.ops._checks import check_targets, is_one
 from fastppo.ops._head import fake_gradients, gradient_dtypes, head_operands, present, wanted
-from fastppo.ops._head_options import OPTIONS_SCHEMA, HeadOptions, check_head, head_options
+from fastppo.ops._head_options import OPTIONS_SCHEMA, check_head, head_options, options_of
 from fastppo.ops._ppo_config import (
     CONFIG_SCHEMA,
     NUM_CONFIG_ARGUMENTS,
@@ -122,7 +122,7 @@ def _loss(
 ) -> tuple[Tensor, ...]:
     """Loss, metrics, and the gradients of hidden, weight and bias, empty where not wanted."""
     config = config_of(rest[:NUM_CONFIG_ARGUMENTS])
-    options = HeadOptions(*rest[NUM_CONFIG_ARGUMENTS:])
+    options = options_of(rest)
     inputs = PPOInputs(old_logprobs, advantages, weights, ref_logprobs, rollout_logprobs)
     num_rows, device = targets.shape[0], hidden.device
     dtypes = gradient_dtypes(hidden, weight, bias)
@@ -145,15 +145,16 @@ def _loss(
 
 @_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if rest[-4] == torch.float64 else torch.float32
+    options = options_of(rest)
+    dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
     loss = hidden.new_empty((), dtype=dtype)
     metrics = hidden.new_empty(len(PPO_METRIC_NAMES), dtype=torch.float32)
-    return loss, metrics, *fake_gradients(hidden, weight, bias, rest)
+    return loss, metrics, *fake_gradients(hidden, weight, bias, options.needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, metrics, *gradients = output
-    ctx.grads = wanted(gradients, inputs[-3:])
+    ctx.grads = wanted(gradients, options_of(inputs).needs)
     ctx.num_inputs = len(inputs)
     ctx.mark_non_differentiable(metrics, *gradients)
     ctx.set_materialize_grads(False)  # else zeros are made for each output, of the weight's size
