@@ -22,8 +22,9 @@ from fastppo.benchmarks.results import Result, Row
 from fastppo.cli.bench import run as bench
 from fastppo.cli.demo import demo
 from fastppo.cli.doctor import doctor
+from fastppo.cli.export import export
 from fastppo.cli.profile import ProfileConfig, print_aot, profile_op
-from fastppo.cli.replay import export, replay
+from fastppo.cli.replay import replay
 from fastppo.ppo.config import TrainConfig
 from fastppo.profiling.meta import Ceilings
 

@@ -6,10 +6,9 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-from fastppo.cli.options import at_most_one, parse_config, take
-from fastppo.ppo.config import TrainConfig
+from fastppo.cli.options import parse_config
+from fastppo.cli.output import quiet, refused
 
 _USAGE = """usage: fastppo COMMAND [options]
 
@@ -64,92 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
-def _quiet() -> None:
-    """The display is the progress: transformers' own bars would tear it."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def _refused(command: str, error: BaseException) -> int:
-    print(f"fastppo {command}: {error}", file=sys.stderr)
-    return 2
-
-
-class Invocation(NamedTuple):
-    """What `fastppo train` takes besides the configuration of a run."""
-
-    dry_run: bool
-    resume: bool | str  # True: the newest checkpoint of the run in output_dir
-    allow_changes: tuple[str, ...]
-
-
-def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Invocation]:
-    """The configuration of `fastppo train`, and what to do with it."""
-    args = list(argv)
-    dry_run = take(args, "--dry-run") is not None
-    resume: bool | str = False
-    if (values := take(args, "--resume")) is not None:
-        resume = at_most_one("--resume", values) or True
-    allowed = take(args, "--allow-changes") or []
-    config = parse_config(
-        TrainConfig,
-        args,
-        prog="fastppo train [--config FILE.toml] [--dry-run] [--resume [PATH]]",
-        description=(
-            "Train a language model with PPO. Flags override the file.\n"
-            "--dry-run               print what the run would be, and do nothing\n"
-            "--resume [PATH]         go on with the newest run, or with this run or checkpoint\n"
-            "--allow-changes OPTION  options that may differ from the run that is resumed"
-        ),
-    )
-    changes = tuple(name.replace("-", "_") for name in allowed)
-    return config, Invocation(dry_run, resume, changes)
-
-
 def _train(argv: Sequence[str]) -> int:
-    try:
-        config, invocation = parse_train(argv)
-    except (ValueError, TypeError, OSError) as error:
-        return _refused("train", error)
-    from fastppo.checkpoint import CheckpointError
-    from fastppo.cli.dry_run import dry_run
-    from fastppo.ppo.build import build_trainer
+    from fastppo.cli.train import train
 
-    _quiet()
-    try:
-        if invocation.dry_run:
-            dry_run(config)
-            return 0
-        trainer = build_trainer(
-            config, resume=invocation.resume, allow_changes=invocation.allow_changes
-        )
-    except (ValueError, TypeError, ImportError, OSError, CheckpointError) as error:
-        return _refused("train", error)
-    from fastppo.rewards import RewardError
-    from fastppo.training.errors import NonFiniteError
-    from fastppo.training.interrupts import Interrupted
-    from fastppo.training.memory import is_out_of_memory
-
-    try:
-        trainer.train()
-    except (RewardError, NonFiniteError, CheckpointError, OSError) as error:
-        return _refused("train", error)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _refused(
-            "train",
-            ValueError(
-                f"out of memory, with the smallest pass that was possible: {error}. Shorten "
-                "max_response_length, set train_layers or lora_rank, or free the device; --resume "
-                "goes on from the last checkpoint"
-            ),
-        )
-    except Interrupted as interrupted:
-        print(f"fastppo train: interrupted; the run is in {trainer.run_dir}", file=sys.stderr)
-        return 128 + interrupted.signum
-    return 0
+    return train(argv)
 
 
 def _replay(argv: Sequence[str]) -> int:
@@ -159,7 +76,7 @@ def _replay(argv: Sequence[str]) -> int:
 
 
 def _export(argv: Sequence[str]) -> int:
-    from fastppo.cli.replay import export
+    from fastppo.cli.export import export
 
     return _on_checkpoint("export", export, argv)
 
@@ -169,11 +86,11 @@ def _on_checkpoint(command: str, function: Callable[..., int], argv: Sequence[st
 
     from fastppo.checkpoint import CheckpointError
 
-    _quiet()
+    quiet()
     try:
         return tyro.cli(function, prog=f"fastppo {command}", args=list(argv))
     except (ValueError, OSError, CheckpointError) as error:
-        return _refused(command, error)
+        return refused(command, error)
 
 
 def _demo(argv: Sequence[str]) -> int:
@@ -181,11 +98,11 @@ def _demo(argv: Sequence[str]) -> int:
 
     from fastppo.cli.demo import demo
 
-    _quiet()
+    quiet()
     try:
         tyro.cli(demo, prog="fastppo demo", args=list(argv))
     except ValueError as error:
-        return _refused("demo", error)
+        return refused("demo", error)
     return 0
 
 
@@ -194,11 +111,11 @@ def _doctor(argv: Sequence[str]) -> int:
 
     from fastppo.cli.doctor import doctor
 
-    _quiet()
+    quiet()
     try:
         return tyro.cli(doctor, prog="fastppo doctor", args=list(argv))
     except (ValueError, OSError) as error:
-        return _refused("doctor", error)
+        return refused("doctor", error)
 
 
 def _profile(argv: Sequence[str]) -> int:
@@ -225,16 +142,16 @@ def _profile(argv: Sequence[str]) -> int:
             ignored="output_dir",
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
-        return _refused("profile", error)
+        return refused("profile", error)
     from fastppo.rewards import RewardError
     from fastppo.training.errors import NonFiniteError
     from fastppo.training.interrupts import Interrupted
 
-    _quiet()
+    quiet()
     try:
         profile(config)
     except (ValueError, TypeError, ImportError, OSError, RewardError, NonFiniteError) as error:
-        return _refused("profile", error)
+        return refused("profile", error)
     except Interrupted as interrupted:
         print("fastppo profile: interrupted", file=sys.stderr)
         return 128 + interrupted.signum
@@ -247,7 +164,7 @@ def _bench(argv: Sequence[str]) -> int:
     try:
         return bench(argv)
     except (ValueError, ImportError, OSError) as error:
-        return _refused("bench", error)
+        return refused("bench", error)
 
 
 if __name__ == "__main__":

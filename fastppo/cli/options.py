@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastppo.options import Options
 from fastppo.ppo.config import TrainConfig
 
 if sys.version_info >= (3, 11):
@@ -19,7 +20,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Config = TypeVar("Config", bound=TrainConfig)
+Config = TypeVar("Config", bound=Options)
 
 _PATHS = ("model", "dataset", "eval_dataset", "reward", "ref_model", "value_model")
 
@@ -41,7 +42,7 @@ def parse_config(
 
     args, settings = list(args), {}
     if (values := take(args, "--config")) is not None:
-        settings = read_toml(Path(at_most_one("--config", values) or ""))
+        settings = read_toml(Path(at_most_one("--config", values) or ""), kind)
     given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in args if arg[:2] == "--"}
     given |= {name.removeprefix("no_") for name in given} | {ignored}
     kept = {key: value for key, value in settings.items() if key not in given}
@@ -50,8 +51,12 @@ def parse_config(
     return kind(**flat(parsed))
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, kind: type[Options] = TrainConfig) -> dict[str, Any]:
     """The settings of a TOML file; paths that exist beside the file are made absolute.
+
+    Args:
+        path: of the file.
+        kind: of configuration that it is for.
 
     Raises:
         ValueError: not TOML, or a key that no option has, with the nearest one.
@@ -64,7 +69,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
-    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    known = [field.name for field in dataclasses.fields(kind)]
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

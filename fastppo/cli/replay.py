@@ -1,4 +1,4 @@
-"""`fastppo replay` and `fastppo export`: a saved step on its own, without prompts and rewards.
+"""`fastppo replay`: a saved step on its own, without prompts and rewards.
 
 Only data is read: the configuration in a checkpoint names a model to load and options of the
 algorithm; no reward function, dataset or other code that it may name is touched.
@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.checkpoint import Checkpoint, CheckpointError, save_model, verify
+from fastppo.checkpoint import Checkpoint, CheckpointError, verify
 from fastppo.data.prompts import decode
 from fastppo.models.loading import (
     load_model,
@@ -47,7 +47,7 @@ def replay(dump: Annotated[Path, tyro.conf.Positional], model: str = "") -> int:
         ValueError: no model is named.
     """
     checkpoint = verify(dump)
-    step, current, name = _load(checkpoint, model)
+    step, current, name = load_step(checkpoint, model)
     batch, progress = current.batch, step.progress
     if batch is None or progress is None:
         raise CheckpointError(
@@ -72,30 +72,7 @@ def replay(dump: Annotated[Path, tyro.conf.Positional], model: str = "") -> int:
     return 0 if same else 1
 
 
-def export(
-    checkpoint: Annotated[Path, tyro.conf.Positional],
-    folder: Annotated[Path, tyro.conf.Positional],
-    model: str = "",
-) -> int:
-    """Write the policy of a checkpoint as a model that AutoModelForCausalLM.from_pretrained loads.
-
-    Args:
-        checkpoint: RUN/checkpoints/NAME.
-        folder: where to; must not exist.
-        model: the model the run started from, where its configuration does not name one.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged.
-        ValueError: no model is named, or the folder exists.
-    """
-    if folder.exists():
-        raise ValueError(f"folder: expected a name that is free, got {str(folder)!r}")
-    step, _, name = _load(verify(checkpoint), model)
-    print(f"written to {save_model(folder, step.policy, load_tokenizer(name))}")
-    return 0
-
-
-def _load(checkpoint: Checkpoint, model: str) -> tuple[PPOStep, Iteration, str]:
+def load_step(checkpoint: Checkpoint, model: str) -> tuple[PPOStep, Iteration, str]:
     """The step and the unfinished iteration of a checkpoint, and the name of its model."""
     saved = checkpoint.state["config"]
     kind = TrainConfig if "model" in saved else PPOConfig

@@ -212,7 +212,8 @@ class PackedSequences:
             response_mask: (B, L) likewise, the tokens after the prompt.
             loss_mask: (B, L) likewise, which of these have a loss; None: all of them.
             device: of the result; None is that of `ids`.
-            more: what `pack` takes; an array for each response token is (B, L).
+            more: what `pack` takes; an array for each response token is (B, L). Of a PackedBatch:
+                `truncated` (B,) bool, by default none, and `rollout_logprobs` (B, L).
 
         Raises:
             ValueError: masks of another shape than ids, that overlap, or with a prompt's token
@@ -263,8 +264,8 @@ class PackedSequences:
             (B, L) in the dtype of x.
 
         Raises:
-            ValueError: the mask or x are of other sequences; told from their shapes alone, so that
-                no GPU is waited for.
+            ValueError: the mask or x are of other sequences. On a GPU, which is not waited for, it
+                is told from their shapes alone.
         """
         if x.shape != (self.num_responses,):
             raise ValueError(f"x: expected shape ({self.num_responses},), got {tuple(x.shape)}")
@@ -274,6 +275,11 @@ class PackedSequences:
                 f"{tuple(response_mask.shape)}"
             )
         mask = response_mask.to(x.device, torch.bool)
+        if mask.device.type == "cpu" and int(mask.sum()) != len(x):
+            raise ValueError(
+                f"response_mask: expected {len(x)} tokens, got {int(mask.sum())}. It is what "
+                "from_padded took as response_mask, not loss_mask"
+            )
         return x.new_full(mask.shape, fill).masked_scatter(mask, x)
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
-from fastppo.ops._ppo_config import PPOLossConfig
+from fastppo.ops._ppo_loss_config import PPOLossConfig
 from fastppo.ops._ppo_metrics import PPO_METRIC_NAMES, combine_ppo_metrics, reduce_ppo_metrics
 from fastppo.ops.gae import GAE, gae, gae_reference
 from fastppo.ops.gae_classic import gae_classic, gae_classic_reference

@@ -19,7 +19,7 @@ from fastppo_kernels.token_logprobs import (
 )
 from torch import Tensor
 
-from fastppo.ops._ppo_config import PPOLossConfig
+from fastppo.ops._ppo_loss_config import PPOLossConfig
 from fastppo.ops._ppo_metrics import NUM_SUMS
 from fastppo.ops._ppo_rows import PPOInputs
 from fastppo.ops._rows import RowStats

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastppo import _C
-from fastppo.ops._ppo_config import CONFIG_SCHEMA, PPOLossConfig, config_of
+from fastppo.ops._ppo_loss_config import CONFIG_SCHEMA, PPOLossConfig, config_of
 from fastppo.ops._ppo_metrics import PPO_METRIC_NAMES
 from fastppo.ops._ppo_rows import PPOInputs, ppo_rows
 from fastppo.ops._precision import compute_dtype

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops._checks import check_cu_seqlens, check_rows
-from fastppo.ops._ppo_config import PPOLossConfig
+from fastppo.ops._ppo_loss_config import PPOLossConfig
 from fastppo.ops._ppo_metrics import ppo_metrics
 from fastppo.ops._precision import compute_dtype
 from fastppo.ops._segments import segment_ids, segment_sum

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastppo.ops._head import Gradients, Head, HeadGradients, chunks
 from fastppo.ops._head_options import HeadOptions
 from fastppo.ops._head_tiles import tiled_gradients
-from fastppo.ops._ppo_config import PPOLossConfig
+from fastppo.ops._ppo_loss_config import PPOLossConfig
 from fastppo.ops._ppo_metrics import combine_ppo_metrics
 from fastppo.ops._ppo_rows import PPOInputs, ppo_rows
 from fastppo.ops._rows import RowStats, row_gradient, row_stats

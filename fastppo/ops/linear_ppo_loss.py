@@ -27,7 +27,7 @@ from torch.library import custom_op
 from fastppo.ops._checks import check_targets, is_one
 from fastppo.ops._head import fake_gradients, gradient_dtypes, head_operands, present, wanted
 from fastppo.ops._head_options import OPTIONS_SCHEMA, check_head, head_options, options_of
-from fastppo.ops._ppo_config import (
+from fastppo.ops._ppo_loss_config import (
     CONFIG_SCHEMA,
     NUM_CONFIG_ARGUMENTS,
     PPOLossConfig,

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo.ops._checks import check_rows, check_tensor
-from fastppo.ops._ppo_config import PPOLossConfig, config_arguments
+from fastppo.ops._ppo_loss_config import PPOLossConfig, config_arguments
 from fastppo.ops._ppo_loss_op import ppo_loss_op
 from fastppo.ops._ppo_metrics import PPO_METRIC_NAMES
 from fastppo.ops._ppo_rows import PPOInputs, check_ppo_inputs

@@ -20,7 +20,8 @@ RewardError. What a function says about itself with `declare` decides how often 
     batch                                      several functions together: `Rewards`
     calls → {inline, pool → worker → child}    here, or in a forked process
     isolation                                  which rows to call a function on next
-    scores, failures, limits                   what a call came to; what is accepted
+    functions                                  a function and what its signature asks for
+    outcome, failures, limits                  what a call came to; what is accepted
     loading, model, http                       kinds of reward functions
 """
 

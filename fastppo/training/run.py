@@ -2,7 +2,7 @@
 
     self.run = Run(args, title)                 # a new run, or one to continue; nothing is read yet
     ...
-    summary = self.run.train(self)              # iterate until done
+    summary = self.run.train(self, self.rewards)   # iterate until done; what is entered meanwhile
 
 A `Trainer` knows what an iteration is and how to put its state into tensors and JSON. Everything
 around that is here: the lock of the run directory, checkpoints and resume, signals, metrics, the
@@ -73,7 +73,10 @@ class Trainer(Protocol):
         """Where it computes."""
 
     def iterate(self, iteration: int, timer: PhaseTimer) -> tuple[Row, list[Sample]]:
-        """One iteration, counted from 1; what a stopped one had done already is not redone."""
+        """One iteration, counted from 1; what a stopped one had done already is not redone.
+
+        The row may have a `reward`, of which more is better: `keep_best` and the summary read it.
+        """
 
     def evaluate(self) -> dict[str, Any]:
         """Figures on held-out data, `reward` among them; empty without any."""
@@ -246,7 +249,7 @@ class Run:
             self.display.message(f"iteration {iteration}: {notice.text}{kept}")
         trainer.next_iteration()
         self.iterations = iteration
-        self.rewards.append(row["reward"])
+        self.rewards.append(row.get("reward", math.nan))
         self.metrics.log(row)
         self.metrics.samples(iteration, samples)
         self.display.update(row)
@@ -254,7 +257,7 @@ class Run:
             self.display.samples(iteration, samples[:4])
         if args.save_interval and iteration % args.save_interval == 0:
             self.rollbacks = 0
-            score = row.get("eval_reward", row["reward"])
+            score = row.get("eval_reward", self.rewards[-1])
             self.save_checkpoint(trainer, score=score if math.isfinite(score) else None)
 
     def _finish(self, trainer: Trainer) -> dict[str, Any]:

@@ -341,5 +341,7 @@ def test_to_padded_refuses_other_shapes() -> None:
         batch.to_padded(torch.zeros(5), RESPONSE)
     with pytest.raises(ValueError, match="response_mask: expected shape"):
         batch.to_padded(torch.zeros(6), RESPONSE[:2])
+    with pytest.raises(ValueError, match="response_mask: expected 6 tokens, got 5"):
+        batch.to_padded(torch.zeros(6), RESPONSE & TOOL)
     with pytest.raises(ValueError, match="rollout_logprobs: expected shape"):
         PackedBatch.from_padded(IDS, PROMPT, RESPONSE, rollout_logprobs=torch.zeros(3, 2))

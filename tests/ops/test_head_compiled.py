@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastppo.ops import PPOLossConfig, linear_logprobs, linear_ppo_loss, live_rows, token_logprobs
-from fastppo.ops._ppo_config import config_arguments
+from fastppo.ops._ppo_loss_config import config_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # dynamo's own
 

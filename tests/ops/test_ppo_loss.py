@@ -16,7 +16,7 @@ from fastppo.ops import (
     ppo_loss_reference,
     reduce_ppo_metrics,
 )
-from fastppo.ops._ppo_config import config_arguments
+from fastppo.ops._ppo_loss_config import config_arguments
 from fastppo.ops._ppo_loss_op import ppo_loss_torch
 
 LENGTHS = [7, 0, 1, 30, 12]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fastppo.cli.main import main, parse_train
+from fastppo.cli.main import main
 from fastppo.cli.options import as_flags, read_toml
+from fastppo.cli.train import parse_train
 from fastppo.ppo.config import PPOConfig, TrainConfig
 
 MINIMAL = {"model": "m", "dataset": "d.jsonl", "reward": ("r.py:f",)}

@@ -16,7 +16,7 @@ from fastppo_kernels.ppo_math import PPOInputs
 
 from fastppo.ops import PPOLossConfig, ppo_loss_reference
 from fastppo.ops._cuda import ppo_knobs
-from fastppo.ops._ppo_config import config_arguments
+from fastppo.ops._ppo_loss_config import config_arguments
 from fastppo.ops._ppo_loss_op import ppo_loss_torch, ppo_loss_triton
 
 # Blocks of 16 tokens, 2 of them combined at a time: 100 tokens are 7 blocks in 4 steps.
