@@ -1,6 +1,6 @@
-"""`TransformersEngine(policy)` is `fastppo.rollout.packed.PackedEngine(policy.actor)` now."""
+"""`TransformersEngine(policy)` is `fastppo.rollout.PackedEngine(policy.actor)` now."""
 
 raise ImportError(
-    "fastppo.rollout.transformers has moved: import PackedEngine from fastppo.rollout.packed, and "
+    "fastppo.rollout.transformers has moved: import PackedEngine from fastppo.rollout, and "
     "write PackedEngine(policy.actor) for TransformersEngine(policy)"
 )
