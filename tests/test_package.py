@@ -7,6 +7,7 @@ CONTRIBUTING.md, "Layout"). An import for types counts like any other.
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import pathlib
 import subprocess
@@ -232,6 +233,13 @@ def test_public_names_load() -> None:
         assert name in dir(fastppo)
     with pytest.raises(AttributeError, match="no attribute 'PPOTrainr'; public names"):
         _ = fastppo.PPOTrainr
+
+
+def test_what_was_printed_once_says_where_it_is() -> None:
+    with pytest.raises(ImportError, match=r"import PackedEngine from fastppo\.rollout"):
+        importlib.import_module("fastppo.rollout.transformers")
+    with pytest.raises(AttributeError, match="no attribute 'TransformersEngine'"):
+        _ = importlib.import_module("fastppo.rollout").TransformersEngine
 
 
 def test_one_version() -> None:
