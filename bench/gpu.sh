@@ -62,11 +62,11 @@ stage() { # name, limit in seconds, command...
 bench() { # name, limit, cases...
   local name=$1 limit=$2
   shift 2
-  stage "$name" "$limit" "$python" -m fastppo.cli.main bench --device "$device" --sizes "$sizes" \
+  stage "$name" "$limit" "$python" -m fastppo bench --device "$device" --sizes "$sizes" \
     --output-dir "$results/$name" --cases "$@"
   # Where time ran out there is a result, and no tables yet.
   [ -f "$results/$name/result.json" ] && [ ! -f "$results/$name/tables.md" ] &&
-    timeout 20 "$python" -m fastppo.cli.main bench render "$results/$name" >/dev/null 2>&1
+    timeout 20 "$python" -m fastppo bench render "$results/$name" >/dev/null 2>&1
   [ -f "$results/$name/tables.md" ] && cat "$results/$name/tables.md" >>"$results/tables.md"
   keep
 }
@@ -103,7 +103,7 @@ if command -v compute-sanitizer >/dev/null && [ "$device" != cpu ]; then
 else
   stage smoke 45 "${smoke[@]}"
 fi
-stage profile 35 "$python" -m fastppo.cli.main profile op linear_ppo_loss --device "$device" \
+stage profile 35 "$python" -m fastppo profile op linear_ppo_loss --device "$device" \
   --size "$sizes" --output-dir "$results/profile"
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the top down. A module imports what is in its own folder or on a floor below, never what is
 # above or beside it on the same floor.
 FLOORS = (
+    ("__main__",),
     ("cli",),
     ("benchmarks",),
     ("profiling",),

@@ -316,7 +316,7 @@ def test_a_run_writes_nothing_outside_its_folder(project: Path, tmp_path: Path) 
     places = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
     options = ("--output-dir", "link/run", "--kl-warning", "1e-9", "--report-to", "tensorboard")
     done = subprocess.run(
-        [sys.executable, "-m", "fastppo.cli.main", *TRAIN[:-2], *options],
+        [sys.executable, "-m", "fastppo", *TRAIN[:-2], *options],
         cwd=project,
         env={**environment, **places},
         capture_output=True,

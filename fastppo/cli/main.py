@@ -165,7 +165,3 @@ def _bench(argv: Sequence[str]) -> int:
         return bench(argv)
     except (ValueError, ImportError, OSError) as error:
         return refused("bench", error)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

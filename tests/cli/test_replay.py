@@ -74,7 +74,7 @@ def test_the_step_is_the_recorded_one_in_another_process(bad: Path) -> None:
     """And what is wrong has a name: parameters, the operation, the sequence."""
     name = "iteration-000002-nonfinite"
     done = subprocess.run(
-        [sys.executable, "-m", "fastppo.cli.main", "replay", f"run/dumps/{name}"],
+        [sys.executable, "-m", "fastppo", "replay", f"run/dumps/{name}"],
         cwd=bad,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,

@@ -137,7 +137,7 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_with_what_was_traced(project: Path) -> None:
-    command = [sys.executable, "-m", "fastppo.cli.main", "profile", "--config", "run.toml"]
+    command = [sys.executable, "-m", "fastppo", "profile", "--config", "run.toml"]
     process = subprocess.Popen(
         [*command, "--steps", "500", "--output-dir", "out"],
         env={**os.environ, "PYTHONUNBUFFERED": "1"},

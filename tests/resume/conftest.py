@@ -37,7 +37,7 @@ def train(
     project: Path, *arguments: str, at: tuple[str, str, str, int, int] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`fastppo train --config run.toml ARGUMENTS`; `at`: module, class, method, call, signal."""
-    driver = ["-c", DRIVER, *map(str, at)] if at else ["-m", "fastppo.cli.main"]
+    driver = ["-c", DRIVER, *map(str, at)] if at else ["-m", "fastppo"]
     return subprocess.run(
         [sys.executable, *driver, "train", "--config", "run.toml", *arguments],
         cwd=project,

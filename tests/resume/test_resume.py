@@ -227,7 +227,7 @@ def test_a_second_process_is_refused_while_the_first_one_trains(
     (project / "rewards.py").write_text(HELD)
     arguments = ("train", "--config", "run.toml", *SHORT, "--num-iterations", "1")
     first = subprocess.Popen(
-        [sys.executable, "-m", "fastppo.cli.main", *arguments, "--output-dir", "run"],
+        [sys.executable, "-m", "fastppo", *arguments, "--output-dir", "run"],
         cwd=project,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -416,7 +416,7 @@ def test_a_full_disk_ends_the_run_in_one_line(
     arguments = ["train", "--config", "run.toml", *SHORT, "--resume", three.name]
     arguments += ["--num-iterations", "3" if last else "6"]
     done = subprocess.run(
-        [sys.executable, "-m", "fastppo.cli.main", *arguments],
+        [sys.executable, "-m", "fastppo", *arguments],
         cwd=base,
         preexec_fn=limit_files(100_000),
         capture_output=True,
