@@ -118,7 +118,7 @@ def test_a_worker_loses_exactly_the_bad_sample(name: str) -> None:
         before = time.monotonic()
         check_only_lost(rewards, 1, kind, message)
         if kind == "timeout":  # once in the batch, once alone, and not in a search by halves
-            assert 2 * 0.4 <= time.monotonic() - before < 4 * 0.4
+            assert 2 * 0.4 <= time.monotonic() - before < 5 * 0.4  # which would take five
         check_only_lost(rewards, 1, kind, message)  # and the next batch is as good
 
 
