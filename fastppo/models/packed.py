@@ -44,7 +44,8 @@ class OutputHead(NamedTuple):
 class PackedModel:
     """A model, changed in place: its attention, dropout, trainable parameters and dtypes.
 
-    `restore` makes an ordinary model of it again. Dropout is off in every mode.
+    `restore` makes an ordinary model of it again. Dropout is off in every mode; a model whose
+    weights are left as they are (precision None) is put in eval mode instead.
 
     Args:
         model: a transformers model (Llama, Qwen2, Qwen3 or GPT-2 family) or a `peft.PeftModel`
@@ -73,7 +74,7 @@ class PackedModel:
             setup.train_last_layers(model, train_layers, name)
         if precision is not None:
             setup.set_precision(model, precision)
-        setup.disable_dropout(model)
+            setup.disable_dropout(model)
         self.model = model
         self.name = name
         self.precision = precision
@@ -83,7 +84,8 @@ class PackedModel:
         self._attention.set(packed=True)
         if gradient_checkpointing:
             setup.enable_checkpointing(setup.unwrap(model, name))
-        model.train(bool(self.trained()))  # gradient checkpointing looks at it
+        # gradient checkpointing looks at it
+        model.train(precision is not None and bool(self.trained()))
 
     # other models from this one
 

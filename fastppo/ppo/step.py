@@ -103,6 +103,10 @@ class PPOStep:
         self.progress: UpdateProgress | None = None
         """The update that was stopped in the middle, if one was."""
 
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters of actor and critic that the updates change."""
+        return [*self.policy.actor_parameters(), *self.policy.critic_parameters()]
+
     # Evaluate
 
     def evaluate(self, batch: PackedBatch) -> PackedBatch:

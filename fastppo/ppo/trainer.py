@@ -128,11 +128,12 @@ class PPOTrainer:
                 ref_model = load_model(ref_model, "ref_model")
             if isinstance(value_model, str):
                 value_model = load_value_model(value_model)
+            self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
             self.step = PPOStep(loaded, args, ref_model=ref_model, value_model=value_model)
+            self.rewards.check_apart(self.step.trained())
         self.policy, self.device = self.step.policy, self.step.device
         self.run_dir = self.run.run_dir
         self.engine = engine or PackedEngine(self.policy.actor)
-        self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
         self.alarms = Alarms(args)
         self.token_budget_shown = self.step.token_budget
         self.current = Iteration()

@@ -144,6 +144,23 @@ class Rewards:
                         "the parameter, add the column, or give the parameter a default"
                     )
 
+    def check_apart(self, trained: Sequence[torch.nn.Parameter]) -> None:
+        """Refuses a reward model that would change while a run trains.
+
+        Args:
+            trained: what the run trains.
+
+        Raises:
+            ValueError: naming the reward model that shares one of these parameters.
+        """
+        ids = {id(p) for p in trained}
+        for name, model in self._models().items():
+            if any(id(p) in ids for p in model.load().parameters()):
+                raise ValueError(
+                    f"reward_funcs: {name!r} shares weights with what is trained, so that the "
+                    "reward would move. Give value_model (or model) a copy, or name its folder"
+                )
+
     def load_models(self) -> None:
         """Reads the weights of the reward models now instead of at the first call."""
         for model in self._models().values():

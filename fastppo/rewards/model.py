@@ -142,7 +142,6 @@ class RewardModel:
         if self._packed is None and is_supported(self.config) and hasattr(self._model, "score"):
             self._packed = PackedModel(self._model, name="reward model", precision=None)
             self._packed.restore()
-            self._model.eval()
         return self._model
 
     def encode(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[list[int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaForSequenceClassification
 
 from fastppo import PPOConfig, PPOTrainer
 from fastppo.cli.demo import larger_digit
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
-from fastppo.rewards import RewardError
+from fastppo.rewards import RewardError, RewardModel
 from fastppo.rollout.engine import Rollouts, Sampling
 
 ROWS = [{"prompt": f"{a} {b} >", "answer": str(max(a, b))} for a in range(10) for b in range(a)]
@@ -325,3 +329,26 @@ def test_responses_past_the_models_positions_are_refused(unloadable: str, tmp_pa
     options = {"max_response_length": 254}  # prompts have 3 tokens, the model 256 positions
     with pytest.raises(ValueError, match=r"max_response_length = 254: .*3 tokens.*256 positions"):
         PPOTrainer(unloadable, larger_digit, ROWS, config(tmp_path / "run", **options))
+
+
+def test_a_reward_that_would_be_trained_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tiny = tiny_model(len(WORDS), seed=0).config
+    tiny.num_labels = 1
+    judge = LlamaForSequenceClassification(tiny)
+    for value_model, refused in ((judge, True), (copy.deepcopy(judge), False)):
+        arguments: dict[str, Any] = {"value_model": value_model}
+        make = functools.partial(
+            PPOTrainer,
+            tiny_model(len(WORDS), seed=0),
+            RewardModel(judge, word_tokenizer()),
+            ROWS,
+            config(tmp_path / str(refused), critic="separate"),
+            processing_class=word_tokenizer(),
+            **arguments,
+        )
+        if refused:
+            with pytest.raises(ValueError, match="reward_funcs: .* shares weights"):
+                make()
+        else:
+            make()
