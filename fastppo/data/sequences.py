@@ -449,7 +449,7 @@ def _mask(name: str, x: Tensor, ids: Tensor) -> NDArray[np.bool_]:
         raise ValueError(
             f"{name}: expected shape (B, L), as ids {tuple(ids.shape)}, got {tuple(x.shape)}"
         )
-    mask: NDArray[np.bool_] = x.detach().cpu().numpy() != 0
+    mask: NDArray[np.bool_] = (x.detach() != 0).cpu().numpy()
     return mask
 
 

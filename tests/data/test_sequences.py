@@ -282,7 +282,7 @@ TOOL = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("kind", [PackedBatch, PackedSequences])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.bfloat16])
 def test_padded_sequences_are_those_packed_by_hand(kind: Any, dtype: torch.dtype) -> None:
     masks = (mask.to(dtype) for mask in (PROMPT, RESPONSE, TOOL))
     batch = kind.from_padded(IDS, *masks)
