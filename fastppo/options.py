@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -34,8 +35,8 @@ def option(
             refused where it does not hold.
         may_differ: between a run and its continuation; or the condition for that.
     """
-    about = {"limits": limits, "required": required, "only_if": only_if, "may_differ": may_differ}
-    return dataclasses.field(default=default, metadata=about)
+    said = {"limits": limits, "required": required, "only_if": only_if, "may_differ": may_differ}
+    return dataclasses.field(default=default, metadata=said)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,12 @@ class Options:
 
     def _check_value(self, field: dataclasses.Field[Any], allowed: tuple[Any, ...] | None) -> None:
         name, value = field.name, getattr(self, field.name)
-        if field.metadata.get("required") and not value:
+        said = about(type(self), name)
+        if said.get("required") and not value:
             raise ValueError(f"{name}: expected a value, got none. Set it in the config file")
-        limits = field.metadata.get("limits")
+        limits = said.get("limits")
+        if value is None and (limits or allowed) and "None" not in str(field.type):
+            raise ValueError(f"{name}: expected a value, got None")
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if part is not None and limits and not within(part, limits):
                 noun = "an integer" if str(field.type).startswith("int") else "a finite number"
@@ -65,12 +69,18 @@ class Options:
                 )
 
     def _check_effect(self, field: dataclasses.Field[Any]) -> None:
-        value, need = getattr(self, field.name), field.metadata.get("only_if")
+        value, need = getattr(self, field.name), about(type(self), field.name).get("only_if")
         if need and value != field.default and not holds(self, need):
             raise ValueError(
                 f"{field.name} = {value!r} would have no effect: it needs {need}. "
                 f"Remove it or set {need}"
             )
+
+
+def about(kind: type, name: str) -> Mapping[str, Any]:
+    """What `option` said of a field; a class that gives it another default says nothing new."""
+    fields = (vars(base).get("__dataclass_fields__", {}).get(name) for base in kind.__mro__)
+    return next((field.metadata for field in fields if field and field.metadata), {})
 
 
 def within(value: Any, limits: str) -> bool:
@@ -99,5 +109,16 @@ def choices(kind: type[Options]) -> dict[str, tuple[Any, ...]]:
             return get_args(hint)
         return tuple(value for part in get_args(hint) for value in literals(part))
 
-    found = {name: literals(hint) for name, hint in get_type_hints(kind).items()}
+    found = {name: literals(hint) for name, hint in _hints(kind).items()}
     return {name: values for name, values in found.items() if values}
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """Of a class, or of its nearest base whose names can all be found from here: a class that is
+    made in a function, or imports only for types, has names that cannot."""
+    for base in kind.__mro__:
+        try:
+            return get_type_hints(base)
+        except NameError:
+            continue
+    return {}

@@ -13,6 +13,7 @@ from fastppo.cli.groups import docstrings
 from fastppo.cli.profile import ProfileConfig
 from fastppo.options import Options, choices, holds, option, within
 from fastppo.ppo.config import PPOConfig, TrainConfig
+from fastppo.training.resume import may_differ
 
 MINIMAL: dict[str, Any] = {"model": "m", "dataset": "d.jsonl", "reward": ("r.py:f",)}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -119,3 +120,41 @@ def test_classes_are_checked_on_their_own_and_together() -> None:
     for options, name in (({"left": 0}, "left"), ({"right": -1}, "right"), ({"right": 1}, "right")):
         with pytest.raises(ValueError, match=f"^{name}"):
             Both(**options)
+
+
+# A user's own configuration
+
+
+def test_a_class_made_in_a_function_may_have_options_of_types_found_only_there() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Local:
+        size: int = 1
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(PPOConfig):
+        local: Local | None = None
+
+    assert Mine(local=Local(2)).local == Local(2)
+    with pytest.raises(ValueError, match="^advantage: expected one of"):
+        Mine(advantage="gea")  # type: ignore[arg-type]
+
+
+def test_another_default_keeps_limits_condition_and_what_may_differ() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(PPOConfig):
+        kl_coef: float = 0.1
+        kl_horizon: int = 500
+        kl_warning: float = 2.0
+
+    with pytest.raises(ValueError, match="^kl_coef: expected"):
+        Mine(kl_coef=-3.0)
+    with pytest.raises(ValueError, match="^kl_horizon = 7 would have no effect"):
+        Mine(kl_horizon=7)
+    assert "kl_warning" in may_differ(Mine())
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "gamma", "advantage", "num_iterations"])
+def test_none_is_no_value_where_none_is_foreseen(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected a value, got None"):
+        PPOConfig(**{name: None})
+    assert PPOConfig(critic_lambda=None, critic=None).critic_lambda is None

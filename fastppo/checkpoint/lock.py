@@ -19,6 +19,10 @@ from fastppo.checkpoint.durable import make_folder
 LOCK = ".lock"
 
 
+class RunInUseError(ValueError):
+    """A running process has the run directory."""
+
+
 def lock_run_dir(run_dir: Path) -> AcquireReturnProxy[FileLock]:
     """Lock a run directory, which is made if it does not exist, for this process.
 
@@ -26,7 +30,8 @@ def lock_run_dir(run_dir: Path) -> AcquireReturnProxy[FileLock]:
         What gives the lock back: as a context manager, by `lock.release()`, or when it is dropped.
 
     Raises:
-        ValueError: a running process, this one too, has it locked; or .lock is something else.
+        RunInUseError: a running process, this one too, has it locked.
+        ValueError: .lock is something else.
         OSError: the folder cannot be written, or its file system knows no locks.
     """
     make_folder(run_dir)
@@ -38,7 +43,7 @@ def lock_run_dir(run_dir: Path) -> AcquireReturnProxy[FileLock]:
     except Timeout:
         holder = _holder(path)
         by = "this process" if holder.startswith(f"{_this_process()} ") else holder
-        raise ValueError(
+        raise RunInUseError(
             f"output_dir: {str(run_dir)!r} is in use by {by or 'another process'}. "
             "Wait for that run or stop it, or choose another folder"
         ) from None

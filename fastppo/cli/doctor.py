@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -49,7 +49,9 @@ class Check:
         return self.measured <= self.limit
 
 
-def doctor(model: str = "", device: str = "auto", precision: str = "auto") -> int:
+def doctor(
+    model: str = "", device: str = "auto", precision: Literal["auto", "fp32", "bf16"] = "auto"
+) -> int:
     """Check this machine and, where one is named, a model.
 
     Args:

@@ -101,7 +101,7 @@ def _demo(argv: Sequence[str]) -> int:
     quiet()
     try:
         tyro.cli(demo, prog="fastppo demo", args=list(argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return refused("demo", error)
     return 0
 

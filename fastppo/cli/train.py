@@ -48,7 +48,7 @@ def train(argv: Sequence[str]) -> int:
         config, invocation = parse_train(argv)
     except (ValueError, TypeError, OSError) as error:
         return refused("train", error)
-    from fastppo.checkpoint import CheckpointError
+    from fastppo.checkpoint import CheckpointError, RunInUseError
     from fastppo.cli.dry_run import dry_run
     from fastppo.ppo.build import build_trainer
 
@@ -69,7 +69,7 @@ def train(argv: Sequence[str]) -> int:
 
     try:
         trainer.train()
-    except (RewardError, NonFiniteError, CheckpointError, OSError) as error:
+    except (RewardError, NonFiniteError, CheckpointError, RunInUseError, OSError) as error:
         return refused("train", error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

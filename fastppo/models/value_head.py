@@ -14,6 +14,21 @@ from torch import Tensor, nn
 from fastppo.models.setup import unwrap
 
 
+def score_head(critic: Any) -> nn.Linear | None:
+    """The score head of a sequence classification model, None of any other model.
+
+    Raises:
+        ValueError: it scores more than one label.
+    """
+    score: nn.Linear | None = getattr(unwrap(critic, "value_model"), "score", None)
+    if score is not None and score.out_features != 1:
+        raise ValueError(
+            "value_model: expected a sequence classification model with 1 label, got "
+            f"{score.out_features}. A causal language model or a base model is fine too"
+        )
+    return score
+
+
 class ValueHead(nn.Linear):
     """Values of hidden states.
 
@@ -31,14 +46,8 @@ class ValueHead(nn.Linear):
         super().__init__(model.config.hidden_size, 1, device=device, dtype=torch.float32)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
-        score = getattr(model, "score", None)
-        if score is None:
+        if (score := score_head(critic)) is None:
             return
-        if score.out_features != 1:
-            raise ValueError(
-                "value_model: expected a sequence classification model with 1 label, got "
-                f"{score.out_features}. A causal language model or a base model is fine too"
-            )
         with torch.no_grad():
             self.weight.copy_(score.weight)
             if score.bias is not None:

@@ -22,7 +22,7 @@ from fastppo.models import setup
 from fastppo.models.attention import check_supported
 from fastppo.models.packed import PackedModel
 from fastppo.models.saving import load_critic, save_critic
-from fastppo.models.value_head import ValueHead
+from fastppo.models.value_head import ValueHead, score_head
 
 
 class Policy:
@@ -67,9 +67,12 @@ class Policy:
             "precision": precision,
             "gradient_checkpointing": gradient_checkpointing,
         }
-        self.actor = PackedModel(model, train_layers=train_layers, **options)
-        if not self.actor.trained():
+        if train_layers is None and not setup.trainable(model):
             raise ValueError("model: expected parameters to train, got a model that is all frozen")
+        if train_layers is not None and value_model is not None:
+            setup.train_last_layers(value_model, train_layers, "value_model")
+        # what is refused has been: from here on the models are changed
+        self.actor = PackedModel(model, train_layers=train_layers, **options)
         self.reference: PackedModel | None = None
         if reference == "copy":
             self.reference = self.actor.frozen_copy("reference")
@@ -83,10 +86,9 @@ class Policy:
         """Of a trunk of its own."""
         self.value_head: ValueHead | None = None
         if critic == "separate":
-            layers = None if value_model is None else train_layers  # a copy's are chosen already
             trunk = self.actor.copied(trunk_only=True) if value_model is None else value_model
             setup.freeze_outside_trunk(trunk)
-            self.critic = PackedModel(trunk, name="value_model", train_layers=layers, **options)
+            self.critic = PackedModel(trunk, name="value_model", **options)
         if critic != "none":
             self.value_head = ValueHead((self.critic or self.actor).model, self.device)
 
@@ -207,6 +209,8 @@ def _check_companion(name: str, companion: Any, model: Any, vocabulary: int) -> 
         ValueError: unsupported, sharing weights with `model`, or with a smaller vocabulary.
     """
     check_supported(setup.unwrap(companion, name).config)
+    if name == "value_model":
+        score_head(companion)
     if {id(p) for p in companion.parameters()} & {id(p) for p in model.parameters()}:
         raise ValueError(f"{name}: expected a model of its own, got one sharing weights with model")
     size = companion.get_input_embeddings().num_embeddings

@@ -11,11 +11,14 @@ def resolve_device(name: str) -> torch.device:
     """The device named in a configuration; "auto" is CUDA where there is one.
 
     Raises:
-        ValueError: a CUDA device on a machine without one.
+        ValueError: no device's name, or a CUDA device on a machine without one.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cuda, cuda:1, cpu or auto, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected a device of this machine, got {name!r} without CUDA")
     return device

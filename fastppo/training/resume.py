@@ -22,7 +22,7 @@ from fastppo.checkpoint import (
     new_run_dir,
 )
 from fastppo.checkpoint.lock import LOCK
-from fastppo.options import Options, holds
+from fastppo.options import Options, about, holds
 from fastppo.training.config import RunConfig
 
 
@@ -194,7 +194,8 @@ def may_differ(args: Options) -> set[str]:
     or survived, or how the same gradient is computed, or say where something is whose content is
     compared.
     """
-    found = {field.name: field.metadata.get("may_differ") for field in dataclasses.fields(args)}
+    names = [field.name for field in dataclasses.fields(args)]
+    found = {name: about(type(args), name).get("may_differ") for name in names}
     return {n for n, when in found.items() if when is True or (when and holds(args, when))}
 
 

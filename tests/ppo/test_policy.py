@@ -438,6 +438,11 @@ def test_unsuitable_models_are_refused() -> None:
         Policy(make_model(), critic="separate", value_model=labels)
     with pytest.raises(ValueError, match="train_layers: expected None for a PEFT model"):
         Policy(make_lora(), train_layers=1)
+    # what was refused is as ordinary as before
+    assert {m.config._attn_implementation for m in (model, labels)} == {"sdpa"}
+    with pytest.raises(ValueError, match="train_layers: expected 1 to 3.* value_model"):
+        Policy(model, critic="separate", value_model=make_model(), train_layers=4)
+    assert model.config._attn_implementation == "sdpa"
 
 
 # on disk

@@ -120,3 +120,8 @@ def test_the_description_of_a_gpu_is_its_name() -> None:
     device = resolve_device("auto")
     assert describe(device) == torch.cuda.get_device_name(device)
     assert resolve_precision("auto", device) in ("fp32", "bf16")
+
+
+def test_what_is_no_device_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="^device: expected .*, got 'foo'"):
+        resolve_device("foo")
