@@ -92,10 +92,12 @@ $(PEERS): $(STAMP)
 	$(PIP_INSTALL) --no-deps trl liger-kernel verl
 	@touch $@
 
-# What bench/gpu.sh --wheels takes to a GPU machine; GPU_PYTHON=3.12 where its Python is another one
+# What bench/gpu.sh --wheels takes to a GPU machine; GPU_PYTHON=3.12 where its Python is another one:
+# if that is installed here too, a wheel of fastppo comes along, and nothing is built there
 .PHONY: wheels
 wheels: setup
 	rm -rf wheels
+	py=$$(command -v python$(GPU_PYTHON)); test -z "$$py" || $(PIP) --python "$$py" wheel -q --no-deps -w wheels .
 	$(PIP) download -q --no-deps --only-binary=:all: $(if $(GPU_PYTHON),--python-version $(GPU_PYTHON)) \
 		-c constraints.txt -d wheels -r bench/gpu-wheels.txt
 

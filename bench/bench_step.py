@@ -1,16 +1,20 @@
 """PPO update, packed (fastppo) against padded (transformers + log_softmax), on the same rollouts.
 
     python bench/bench_step.py [--model MODEL] [--sequences 32] [--repeats 5]
+    python bench/bench_step.py --model random-qwen2.5-0.5b --sequences 64 --prompt-tokens 64 256 \
+        --response-tokens 32 512 --rows 16 --token-budget 16384 --decode-rows 64 256
 
-Prompts of 8–64 and responses of 4–64 tokens, uniformly mixed. The padded form is how PPO trainers
-on transformers lay a batch out: prompts padded on the left, responses on the right, one forward
-over the rectangle, logits of the response columns, log_softmax, gather, losses, backward, AdamW.
-It comes twice: with the head on every column (TRL's PPOTrainer), and on response columns only.
+Prompts of 8–64 and responses of 4–64 tokens, uniformly mixed, unless told otherwise. The padded
+form is how PPO trainers on transformers lay a batch out: prompts padded on the left, responses on
+the right, one forward over the rectangle, logits of the response columns, log_softmax, gather,
+losses, backward, AdamW. It comes twice: with the head on every column (TRL's PPOTrainer), and on
+response columns only.
 
 Before anything is timed, loss and gradients of all forms are compared in fp32. Timed forms take
 turns (A B C A B C …); the figures are medians, and tokens are real tokens: pads count for nobody.
-The other phases of a fastppo iteration (rollout, scoring, packing, evaluation) are timed apart.
-The last line is the result as JSON.
+MFU is the operations of real tokens over what the device's large products reach here. The other
+phases of a fastppo iteration (rollout, scoring, packing, evaluation) are timed apart. The last line
+is the result as JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,11 +36,33 @@ from torch import Tensor
 
 from fastppo import PackedBatch, PPOConfig, PPOStep, __version__
 from fastppo.models.loading import load_model
+from fastppo.profiling.ceilings import measure_ceilings
 from fastppo.rewards import Rewards
 from fastppo.rollout.engine import Sampling
 from fastppo.rollout.packed import PackedEngine
-from fastppo.training.device import describe
+from fastppo.training.device import describe, resolve_device
 from fastppo.training.optim import apply_step, grad_norm, make_adamw
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "random-tiny": {
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "random-qwen2.5-0.5b": {
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}
+"""Models of random weights, which need no files: the shape of a real one, and one for trying."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +70,21 @@ class Options:
     """What is measured."""
 
     model: str = "smollm2-135m-instruct"
-    """Model of policy and critic (a value head on the shared trunk)."""
+    """Model of policy and critic (a value head on the shared trunk), or a key of SHAPES."""
     sequences: int = 32
     """Sequences of the update, in one optimiser step."""
     rows: int = 8
     """Sequences in one padded forward pass; fastppo gets as many real tokens on average."""
+    prompt_tokens: tuple[int, int] = (8, 64)
+    """Shortest and longest prompt."""
+    response_tokens: tuple[int, int] = (4, 64)
+    """Shortest and longest response."""
+    token_budget: int = 0
+    """Most tokens in one of fastppo's passes; 0: 70 for each of `rows`, at least 640."""
+    new_tokens: int = 32
+    """Tokens of each response in the timed rollout, which stops at none."""
+    decode_rows: tuple[int, ...] = ()
+    """Rollouts of so many rows besides; tokens per second of each are reported."""
     repeats: int = 5
     """Timed rounds; the first round is a warm-up besides."""
     precision: str = "auto"
@@ -140,19 +176,21 @@ class PaddedStep:
 
 
 def make_batch(options: Options, vocab: int) -> PackedBatch:
-    """Random tokens of mixed lengths: prompts 8–64, responses 4–64."""
+    """Random tokens of mixed lengths."""
     rng = np.random.default_rng(options.seed)
-    prompts = [rng.integers(3, vocab, n) for n in rng.integers(8, 65, options.sequences)]
-    responses = [rng.integers(3, vocab, n) for n in rng.integers(4, 65, options.sequences)]
+    prompts, responses = (
+        [rng.integers(3, vocab, n) for n in rng.integers(low, high + 1, options.sequences)]
+        for low, high in (options.prompt_tokens, options.response_tokens)
+    )
     return PackedBatch.pack(prompts, responses, truncated=np.ones(options.sequences, dtype=bool))
 
 
 def check_equal(options: Options, config: PPOConfig, device: torch.device) -> dict[str, float]:
     """Gradients of both padded forms against fastppo's, in fp32; exits where they differ."""
-    model = load_model(options.model).float()
+    model = make_model(options.model, device)
     step = PPOStep(copy.deepcopy(model), config)
     padded = PaddedStep(copy.deepcopy(model), config, device, bf16=False)
-    small = Options(model=options.model, sequences=6, seed=options.seed)
+    small = replace(options, sequences=6)
     batch = prepared(step, make_batch(small, model.config.vocab_size), options.seed)
     step.accumulate_gradients(batch)
     mine = {n: p.grad for n, p in step.policy.actor.model.named_parameters() if p.grad is not None}
@@ -195,7 +233,9 @@ def phases(step: PPOStep, options: Options, batch: PackedBatch) -> dict[str, flo
             batch.cu_seqlens_host, batch.cu_seqlens_host[1:], batch.response_lengths, strict=False
         )
     ]
-    sampling = Sampling(temperature=1.0, max_new_tokens=32, eos_token_ids=(2,), seed=options.seed)
+    sampling = Sampling(
+        temperature=1.0, max_new_tokens=options.new_tokens, eos_token_ids=(), seed=options.seed
+    )
     engine = PackedEngine(step.policy.actor)
     rewards = Rewards([lambda completions, **_: [float(len(c)) for c in completions]])
     texts = [" ".join(map(str, r)) for r in batch.unpack(batch.targets)]
@@ -203,7 +243,7 @@ def phases(step: PPOStep, options: Options, batch: PackedBatch) -> dict[str, flo
     names = ["x"] * len(texts)
     found = {}
     for name, work in {
-        "rollout (32 tokens)": lambda: engine.generate(prompts, sampling),
+        f"rollout ({options.new_tokens} tokens)": lambda: engine.generate(prompts, sampling),
         "scoring": lambda: rewards(names, texts, {}, responses),
         "packing": lambda: PackedBatch.pack(prompts, responses),
         "evaluate (old, ref, values)": lambda: step.evaluate(batch),
@@ -211,7 +251,47 @@ def phases(step: PPOStep, options: Options, batch: PackedBatch) -> dict[str, flo
     }.items():
         work()
         found[name] = statistics.median(timed(work, step.device) for _ in range(3))
+    for rows in options.decode_rows:
+        many = [prompts[i % len(prompts)] for i in range(rows)]
+        engine.generate(many, sampling)
+        found[f"rollout of {rows} rows ({options.new_tokens} tokens)"] = statistics.median(
+            timed(lambda many=many: engine.generate(many, sampling), step.device) for _ in range(2)
+        )
     return found
+
+
+def rollout_gap(step: PPOStep, options: Options, batch: PackedBatch) -> float:
+    """Mean |difference| of log-probabilities, in nats: of the rollout and of `evaluate`."""
+    ids, starts = batch.input_ids.cpu().numpy(), batch.cu_seqlens_host
+    prompts = [ids[s : s + 16] for s in starts[:-1]]
+    sampling = Sampling(max_new_tokens=16, eos_token_ids=(), seed=options.seed)
+    rollouts = PackedEngine(step.policy.actor).generate(prompts, sampling)
+    packed = PackedBatch.pack(prompts, rollouts.responses, rollout_logprobs=rollouts.logprobs)
+    evaluated = step.evaluate(packed)
+    assert evaluated.old_logprobs is not None and evaluated.rollout_logprobs is not None
+    return float((evaluated.old_logprobs - evaluated.rollout_logprobs).abs().mean())
+
+
+def make_model(name: str, device: torch.device) -> Any:
+    """A model in fp32: loaded, or of random weights."""
+    if name not in SHAPES:
+        return load_model(name).float()
+    torch.manual_seed(0)
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(
+            transformers.Qwen2Config(**SHAPES[name])
+        )
+
+
+def operations(model: Any, batch: PackedBatch) -> float:
+    """Of an update, forward and backward, of the batch's tokens: products and causal attention."""
+    c = model.config
+    layers = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n)
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    lengths = np.diff(batch.cu_seqlens_host).astype(float)
+    attention = 2 * c.num_hidden_layers * c.num_attention_heads * head_dim * (lengths**2).sum()
+    head = 2 * batch.num_responses * c.hidden_size * c.vocab_size
+    return float(3 * (2 * layers * batch.num_tokens + head + attention))
 
 
 def main(options: Options) -> None:
@@ -222,17 +302,15 @@ def main(options: Options) -> None:
         learning_rate=1e-6,
         kl_coef=0.05,
         lr_schedule="constant",
-        token_budget=max(640, options.rows * 70),
+        token_budget=options.token_budget or max(640, options.rows * 70),
     )
-    from dataclasses import replace
-
-    step = PPOStep(load_model(options.model).float(), config)
-    device = step.device
+    device = resolve_device("auto")
+    step = PPOStep(make_model(options.model, device), config)
     worst = check_equal(options, replace(config, precision="fp32"), device)
     print(f"{describe(device)}, {step.precision}, torch {torch.__version__}")
     for name, gap in worst.items():
         print(f"gradients equal in fp32 ({name}): largest difference {gap:.1e} of the largest")
-    padded = PaddedStep(load_model(options.model).float(), config, device, step.precision == "bf16")
+    padded = PaddedStep(make_model(options.model, device), config, device, step.precision == "bf16")
     batch = prepared(
         step, make_batch(options, step.policy.actor.model.config.vocab_size), options.seed
     )
@@ -252,15 +330,21 @@ def main(options: Options) -> None:
     share = tokens / data["ids"].numel()
     print(f"{batch.num_sequences} sequences, {tokens} tokens, {batch.num_responses} responses;")
     print(f"{share:.0%} of the padded rectangle is real\n")
-    print(f"{'update':34} {'seconds':>8} {'tokens/s':>9} {'times':>6}")
+    ceilings = measure_ceilings(device)
+    peak = ceilings.bf16_tflops if step.precision == "bf16" else ceilings.fp32_tflops
+    todo = operations(step.policy.actor.model, batch)
+    print(f"{'update':34} {'seconds':>8} {'tokens/s':>9} {'times':>6} {'MFU':>6}")
     base = statistics.median(seconds["fastppo, packed"])
     for name, samples in seconds.items():
         took = statistics.median(samples)
-        print(f"{name:34} {took:8.2f} {tokens / took:9.0f} {took / base:6.2f}")
+        mfu = todo / took / peak / 1e12
+        print(f"{name:34} {took:8.3f} {tokens / took:9.0f} {took / base:6.2f} {mfu:6.1%}")
     around = phases(step, options, batch)
     print("\nother phases (fastppo)")
     for name, took in around.items():
         print(f"{name:34} {took:8.3f}")
+    gap = rollout_gap(step, options, batch)
+    print(f"log-probabilities of rollout and evaluation differ by {gap:.1e} nats on average")
     result = {
         "bench": "step",
         "fastppo": __version__,
@@ -276,6 +360,10 @@ def main(options: Options) -> None:
         "seconds": seconds,
         "phases": around,
         "gradient_gap": worst,
+        "operations": todo,
+        "ceilings": asdict(ceilings),
+        "rollout_gap": gap,
+        "options": asdict(options),
     }
     print(json.dumps(result))
 

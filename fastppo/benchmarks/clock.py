@@ -2,10 +2,11 @@
 
 CUDA: events around one call on each of several input sets which together are larger than twice the
 L2 cache, so a call finds nothing of its inputs there; where a call is shorter than its launch, the
-calls are captured into a CUDA graph and its replay is timed. CPU: perf_counter around as many calls
-as fill `MIN_SAMPLE`, on one input set: caches are warm, and so are those of the copy that bounds
-what a call can reach. What is compared takes turns: A B C A B C …; beside something slow, a turn of
-something quick is several samples, as many in every round.
+calls are captured into a CUDA graph and its replay is timed, unless the call makes the host wait or
+is a loop of launches (`LAUNCH_LOOP`), which nobody runs as a graph. CPU: perf_counter around as
+many calls as fill `MIN_SAMPLE`, on one input set: caches are warm, and so are those of the copy
+that bounds what a call can reach. What is compared takes turns: A B C A B C …; beside something
+slow, a turn of something quick is several samples, as many in every round.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ MIN_SAMPLE = 0.001  # seconds; short, so that on a busy machine some samples are
 LONG_CALL = 0.1  # seconds; what takes longer needs no other warm-up than the call that was checked
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
 FEW, FEW_SECONDS = 10, 0.5  # so many rounds are worth so long, whatever the budget
+LAUNCH_LOOP = 0.002  # seconds that a call's launches take the host: one input set, and no graph
 TURN, MAX_TURN = 0.1, 10  # of the slowest one's sample, as long a turn may be; samples in it
 
 
@@ -67,22 +69,42 @@ class Timer:
         self.problem: Exception | None = None
         self._repeats = 0  # until the first sample
         if device.type == "cuda":
-            for call in (calls[0], *calls):  # compiles, grows pools
+            self.mode = "events"
+            calls[0]()  # compiles, grows pools
+            took = self._launch_time()
+            if graph and took > LAUNCH_LOOP:
+                self._calls = calls[:1]
+                self.note = f"{took * 1e3:.0f} ms of launches: timed with them"
+                return
+            for call in self._calls:
                 call()
             torch.cuda.synchronize(device)
-            self.mode = "events"
             if graph:
                 self._replay = self._capture()
 
+    def _launch_time(self) -> float:
+        """Seconds that the host takes to launch the first call."""
+        torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        self._calls[0]()
+        took = time.perf_counter() - start
+        torch.cuda.synchronize(self._device)
+        return took
+
     def _capture(self) -> Work | None:
-        graph = torch.cuda.CUDAGraph()
+        # Capture of a call that waits cannot be ended, and leaves the allocator and the stream as
+        # they are inside it: what waits is found beforehand.
         try:
-            with torch.cuda.graph(graph):
-                self._outputs = [call() for call in self._calls]  # the graph writes to them
+            torch.cuda.set_sync_debug_mode("error")
+            self._calls[0]()
         except RuntimeError as error:
-            torch.cuda.synchronize(self._device)
             self.note = f"no CUDA graph ({str(error).splitlines()[0]}): timed with launches"
             return None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._outputs = [call() for call in self._calls]  # the graph writes to them
         self.mode = "graph"
         return graph.replay
 

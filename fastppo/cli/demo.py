@@ -20,12 +20,13 @@ def larger_digit(completions: list[str], answer: list[str], **_: Any) -> list[fl
     return [float(text.split() == [a]) for text, a in zip(completions, answer, strict=True)]
 
 
-def demo(seed: int = 1, output_dir: str = "") -> dict[str, Any]:
+def demo(seed: int = 1, output_dir: str = "", device: str = "cpu") -> dict[str, Any]:
     """Watch a tiny randomly initialised model learn with PPO.
 
     Args:
         seed: of the weights and of every sample.
         output_dir: folder of the run, new or empty. Not set: runs/<date>-<time>.
+        device: cpu, cuda, cuda:1 or auto; a model this small is quickest on a CPU.
     """
     from fastppo.ppo.trainer import PPOTrainer
 
@@ -52,7 +53,7 @@ def demo(seed: int = 1, output_dir: str = "") -> dict[str, Any]:
             target_kl=0.1,
             sample_interval=10,
             precision="fp32",
-            device="cpu",
+            device=device,
         ),
         eval_dataset=[row for i, row in enumerate(rows) if i in held_out],
         processing_class=word_tokenizer(),

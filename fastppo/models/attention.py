@@ -22,6 +22,7 @@ head dimension.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
@@ -135,6 +137,16 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ke
     if not flash:
         return "segments"
     return "flash_attn" if importlib.util.find_spec("flash_attn") is not None else "varlen"
+
+
+def any_shape_attention() -> contextlib.AbstractContextManager[None]:
+    """Inside, `scaled_dot_product_attention` takes none of the kernels that are planned for each
+    shape anew: cuDNN's, the default on Hopper GPUs, spends tenths of a second on a shape that it
+    has not seen, and a batch that is decoded, or padded to its longest, has another at each step.
+    """
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
 def attention_kwargs(batch: PackedSequences, kernel: Kernel) -> dict[str, Any]:

@@ -29,7 +29,13 @@ from torch.nn import functional as F  # noqa: N812
 from fastppo import ops
 from fastppo.data.sequences import PackedSequences
 from fastppo.models import setup
-from fastppo.models.attention import Kernel, attention_kwargs, check_supported, select_kernel
+from fastppo.models.attention import (
+    Kernel,
+    any_shape_attention,
+    attention_kwargs,
+    check_supported,
+    select_kernel,
+)
 from fastppo.models.kv_cache import KVCache
 from fastppo.models.saving import save_pretrained
 
@@ -161,12 +167,13 @@ class PackedModel:
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
-        """What `next_logits` is called in: no gradients, nothing recomputed, one autocast, so that
-        trained weights are rounded to bf16 once and not for every token."""
+        """What `next_logits` is called in: no gradients, nothing recomputed, attention kernels that
+        need no plan for a shape, and one autocast, so that trained weights are rounded to bf16 once
+        and not for every token."""
         training = self.model.training
         self.model.eval()  # gradient checkpointing is for training
         try:
-            with torch.no_grad(), self._adapter(), self.autocast():
+            with torch.no_grad(), self._adapter(), self.autocast(), any_shape_attention():
                 yield
         finally:
             self.model.train(training)

@@ -159,7 +159,7 @@ class PPOStep:
         if policy.value_head is not None:
             with record_function("fastppo::values"):
                 hidden = policy.critic_hidden(batch, hidden)
-                fields["values"] = policy.values(hidden[batch.rows])
+                fields["values"] = policy.values(hidden.index_select(0, batch.rows))
                 after = policy.values(hidden[batch.last_rows])
                 fields["bootstrap"] = torch.where(batch.truncated, after, 0.0)
         return fields
@@ -404,7 +404,7 @@ class PPOStep:
             with torch.set_grad_enabled(train_actor):
                 hidden, head = policy.actor.hidden(batch), policy.actor.head  # (T, H)
                 actor = ops.linear_ppo_loss(
-                    hidden[batch.rows],
+                    hidden.index_select(0, batch.rows),
                     head.weight,
                     batch.targets,
                     _need(batch, "old_logprobs", "step.evaluate"),
@@ -423,7 +423,7 @@ class PPOStep:
             value_loss = torch.zeros((), device=batch.device)
             if policy.value_head is not None:
                 critic = ops.value_loss(
-                    policy.values(policy.critic_hidden(batch, hidden)[batch.rows]),
+                    policy.values(policy.critic_hidden(batch, hidden).index_select(0, batch.rows)),
                     batch.values,
                     _need(batch, "returns", "step.advantages"),
                     weights,

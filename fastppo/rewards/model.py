@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastppo.data.sequences import PackedSequences
-from fastppo.models.attention import is_supported
+from fastppo.models.attention import any_shape_attention, is_supported
 from fastppo.models.loading import DATA_ONLY
 from fastppo.models.packed import PackedModel
 from fastppo.training.memory import free_memory, is_out_of_memory
@@ -223,9 +223,10 @@ class RewardModel:
         for i, ids in enumerate(encoded):
             input_ids[i, : len(ids)] = torch.tensor(ids)
             mask[i, : len(ids)] = 1
-        logits: Tensor = self._model(
-            input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
-        ).logits  # (rows, 1)
+        with any_shape_attention():
+            logits: Tensor = self._model(
+                input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
+            ).logits  # (rows, 1)
         scores: list[float] = logits.float().squeeze(-1).tolist()
         return scores
 

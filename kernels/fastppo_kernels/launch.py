@@ -6,7 +6,7 @@ fits wins, so that one shape always runs one kernel and gives bitwise equal resu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -73,7 +73,19 @@ def launch(kernel: Any, grid: tuple[int, ...], knobs: Launch, **arguments: Any) 
         options["num_warps"] //= 2
     elif knobs.max_registers is not None:
         options["maxnreg"] = knobs.max_registers
-    kernel[grid](**arguments, **options)
+    # Triton launches on the current device, whichever the tensors are on.
+    with torch.cuda.device_of(first_tensor(arguments.values())):
+        kernel[grid](**arguments, **options)
+
+
+def first_tensor(arguments: Iterable[Any]) -> torch.Tensor:
+    """The first of a launch's arguments that is one, or has one in it."""
+    for x in arguments:
+        if isinstance(x, torch.Tensor):
+            return x
+        if isinstance(x, tuple) and any(isinstance(part, torch.Tensor) for part in x):
+            return first_tensor(x)
+    raise ValueError("arguments: expected a tensor among them, got none")
 
 
 def check_device(name: str, x: torch.Tensor) -> None:

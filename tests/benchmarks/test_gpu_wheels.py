@@ -18,7 +18,7 @@ ELSEWHERE = {"accelerate", "pandas", "scipy", "flash-attn"}  # of the machine, o
 
 def test_every_wheel_is_pinned() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    pinned = re.findall(r"^([\w-]+)==[\d.]+$", constraints, re.MULTILINE)
+    pinned = re.findall(r"^([\w-]+)==[\d.]+(?:;.*)?$", constraints, re.MULTILINE)
     assert WHEELS and set(WHEELS) <= set(pinned)
 
 

@@ -39,17 +39,3 @@ def no_worse() -> Callable[..., None]:
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    """Uninitialised memory that reaches a result shows as NaN."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]

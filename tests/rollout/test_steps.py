@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
+from fastppo.data.sequences import PackedSequences
 from fastppo.models import kv_cache
 from fastppo.models.kv_cache import KVCache
 from fastppo.models.packed import PackedModel
@@ -143,10 +144,25 @@ def test_ids_of_every_integer_type_are_the_same_prompts(dtype: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", list(CONFIGS))
 def test_a_gpu_samples_what_its_plain_model_does(family: str) -> None:
-    torch.use_deterministic_algorithms(False)  # cuBLAS would want a setting of its own
-    policy, prompts, chosen = make_policy(family).cuda(), make_prompts(), sampling()
+    policy, prompts, chosen = make_policy(family), make_prompts(), sampling()
+    policy.model.cuda()
     rollouts = PackedEngine(policy).generate(prompts, chosen)
     assert_plain(policy, prompts, rollouts, chosen, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_a_gpu_decodes_in_bf16_what_it_evaluates(family: str) -> None:
+    """Decoding reads a cache with one kernel, evaluation packs with another; both round."""
+    policy, prompts = make_policy(family, precision="bf16"), make_prompts(LENGTHS * 4)
+    policy.model.cuda()
+    rollouts = PackedEngine(policy).generate(prompts, sampling(max_new_tokens=60))
+    assert len({len(response) for response in rollouts.responses}) > 4
+    batch = PackedSequences.pack(prompts, rollouts.responses, device="cuda")
+    with torch.no_grad():
+        found = batch.unpack(policy.logprobs(batch, 1.0).logprobs)
+    for ours, theirs in zip(rollouts.logprobs, found, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=0.1, rtol=0)
 
 
 # the cache
