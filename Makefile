@@ -97,6 +97,7 @@ $(PEERS): $(STAMP)
 .PHONY: wheels
 wheels: setup
 	rm -rf wheels
+	mkdir wheels && git describe --always --dirty --abbrev=40 >wheels/commit.txt
 	py=$$(command -v python$(GPU_PYTHON)); test -z "$$py" || $(PIP) --python "$$py" wheel -q --no-deps -w wheels .
 	$(PIP) download -q --no-deps --only-binary=:all: $(if $(GPU_PYTHON),--python-version $(GPU_PYTHON)) \
 		-c constraints.txt -d wheels -r bench/gpu-wheels.txt

@@ -99,6 +99,7 @@ pip=("$python" -m pip --disable-pip-version-check install -q --no-index --no-dep
   --target "$site")
 
 [ "$device" = cpu ] || nvidia-smi >"$results/nvidia-smi.txt" 2>&1
+cp "$wheels/commit.txt" "$results" 2>/dev/null || git rev-parse HEAD >"$results/commit.txt" 2>/dev/null
 [ -z "$wheels" ] || run wheels 30 "${pip[@]}" "$wheels"/*.whl
 [ -d "$site/fastppo" ] || run build 75 "${pip[@]}" --no-build-isolation "$root"
 if ! "$python" - "$site" "$root" <<'PYTHON'; then
@@ -127,7 +128,8 @@ if wanted first; then
   [ "$device" = cpu ] && tests=(-m "not gpu and not slow" tests/ops/test_gae.py tests/benchmarks)
   "$python" -c "import xdist" 2>/dev/null && tests+=(-n "$([ "$device" = cpu ] && echo 2 || echo 8)")
   jobs=()
-  stage tests 150 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" & jobs+=("tests:$!")
+  stage tests 150 "$python" -m pytest -q -p no:cacheprovider -p no:benchmark \
+    "${tests[@]}" & jobs+=("tests:$!")
   stage smoke 100 "${smoke[@]}" & jobs+=("smoke:$!")
   stage demo 100 "$python" -m fastppo demo --device "$device" --output-dir "$results/demo" &
   jobs+=("demo:$!")
@@ -144,7 +146,7 @@ if wanted step; then
 fi
 bench loss 90 linear_ppo_loss
 if wanted choices && [ "$device" != cpu ]; then
-  run choices 120 "$python" bench/gpu_choices.py --output "$results/choices.json"
+  run choices 120 env PYTHONPATH="$PYTHONPATH:$root/bench" "$python" bench/gpu_choices.py --output "$results/choices.json"
 fi
 bench logprobs 60 token_logprobs_forward token_logprobs
 bench linear 80 linear_logprobs_forward linear_logprobs

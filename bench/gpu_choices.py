@@ -160,7 +160,11 @@ def grouped() -> None:
         return out, *torch.autograd.grad(out, (q, k, v), upstream)
 
     for name, a, b in zip(["o", "q", "k", "v"], run(True), run(False), strict=True):
-        say("grouped", f"relative difference of {name}", float((a - b).norm() / a.norm()))
+        say(
+            "grouped",
+            f"relative difference of {name}",
+            float((a - b).detach().norm() / a.detach().norm()),
+        )
     for repeat in (True, False):
         say("grouped", f"repeat={repeat} ms", round(milliseconds(lambda r=repeat: run(r)), 3))
 
@@ -278,7 +282,11 @@ def cute() -> None:
             return -nll, *torch.autograd.grad(nll, (x, w), -g)
 
         for name, a, b in zip(("logprob", "dX", "dW"), ours(), peer(True), strict=True):
-            say("cute", f"{n}x{h}x{v} {name} relative difference", float((a - b).norm() / a.norm()))
+            say(
+                "cute",
+                f"{n}x{h}x{v} {name} relative difference",
+                float((a - b).detach().norm() / a.detach().norm()),
+            )
         say("cute", f"{n}x{h}x{v} linear_logprobs ms", round(milliseconds(ours), 3))
         say(
             "cute",

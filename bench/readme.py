@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +38,7 @@ def filled(text: str, results: Path) -> str:
     Raises:
         KeyError: a place in the text that nothing is made for.
     """
-    makers = {"step": step, "ops": ops, "end-to-end": end_to_end}
+    makers = {"step": step, "ops": ops, "end-to-end": end_to_end, "gpu": gpu}
 
     def fill(match: re.Match[str]) -> str:
         made = makers[match[2]](results)
@@ -47,16 +47,24 @@ def filled(text: str, results: Path) -> str:
     return PLACE.sub(fill, text)
 
 
-def step(results: Path) -> str:
-    """The update beside padded ones, and the rest of the iteration: bench_step.py on a CPU."""
-    path = results / "step-cpu.json"
+def gpu(results: Path) -> str:
+    """The same of every GPU whose results are kept: its step and its ops, each in a folder."""
+    parts = []
+    for name in sorted(path.parent.name for path in results.glob("*/step.json")):
+        parts += [step(results, f"{name}/step.json"), ops(results, name)]
+    return "\n\n".join(parts)
+
+
+def step(results: Path, name: str = "step-cpu.json") -> str:
+    """The update beside padded ones, and the rest of the iteration: bench_step.py."""
+    path = results / name
     if not path.exists():
         return ""
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     seconds = {name: median(samples) for name, samples in kept["seconds"].items()}
     first = min(seconds.values())
     rows = [
-        (name, f"{s:.2f} s", f"{kept['tokens'] / s:.0f}", f"{s / first:.1f}")
+        (name, seconds_text(s), f"{kept['tokens'] / s:.0f}", f"{s / first:.1f}")
         for name, s in sorted(seconds.items(), key=lambda item: item[1])
     ]
     rest = ", ".join(f"{name} {seconds_text(s)}" for name, s in kept["phases"].items())
@@ -66,25 +74,37 @@ def step(results: Path) -> str:
             table(("update", "median", "real tokens/s", "× the first"), rows),
             paragraph(f"The rest of an iteration, in the same run: {rest}."),
             origin(
-                f"python bench/bench_step.py --repeats {rounds}",
+                step_command(kept.get("options", {}), rounds),
                 kept["hardware"],
                 kept["torch"],
                 kept["date"],
                 kept["commit"],
-                path.name,
+                name,
             ),
         )
     )
 
 
-def ops(results: Path) -> str:
-    """The head's ops and GAE beside others, for every result of `fastppo bench` that is kept."""
+def step_command(options: dict[str, Any], rounds: int) -> str:
+    """The command of a result, without what is the default."""
+    defaults = {"precision": "auto", "seed": 0, "decode_rows": [], "repeats": rounds}
+    words = ["python bench/bench_step.py"]
+    for option, value in {**options, "repeats": rounds}.items():
+        if option == "repeats" or value != defaults.get(option):
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{option.replace('_', '-')}", *map(str, values)]
+    return " ".join(words)
+
+
+def ops(results: Path, folder: str = ".") -> str:
+    """The head's ops and GAE beside others, for every result of `fastppo bench` in a folder."""
     parts = []
-    for path in sorted(results.glob("*/result.json")):
+    for path in sorted((results / folder).glob("*/result.json")):
         result = Result.load(path)
         tables = [made for made in (head(result), gae(result)) if made]
         if tables:
-            parts += [*tables, origin_of(result, f"{path.parent.name}/tables.md")]
+            where = path.with_name("tables.md").relative_to(results)
+            parts += [*tables, origin_of(result, str(where))]
     return "\n\n".join(parts)
 
 
@@ -104,18 +124,22 @@ def head(result: Result) -> str:
 def gae(result: Result) -> str:
     """Two lines per treatment of masks, a column per size."""
     lines: list[list[str]] = []
-    header: Sequence[str] = ()
+    columns: list[str] = []
     for case, mask in GAE.items():
         sizes = by_size(result, case)
         peers = [[n for n in rows if n.endswith("loop")] for rows in sizes.values()]
         if not sizes or not all(peers):
             continue
-        header = ["GAE", *(size.rpartition(" ")[0] for size in sizes)]
-        ours = [rows["fastppo"] for rows in sizes.values()]
-        lines.append([f"fastppo, {mask}", *(f"**{seconds_text(row.median)}**" for row in ours)])
-        theirs = [rows[names[0]] for rows, names in zip(sizes.values(), peers, strict=True)]
-        cells = [time_and_ratio(row, our) for row, our in zip(theirs, ours, strict=True)]
-        lines.append([peers[0][0], *cells])
+        columns = columns or list(sizes)
+        measured = [sizes.get(size, {}) for size in columns]  # a run that was cut off has some
+        ours = [rows.get("fastppo") for rows in measured]
+        cells = [f"**{seconds_text(row.median)}**" if row else "" for row in ours]
+        lines.append([f"fastppo, {mask}", *cells])
+        peer = peers[0][0]
+        theirs = zip((rows.get(peer) for rows in measured), ours, strict=True)
+        cells = [time_and_ratio(row, our) if row and our else "" for row, our in theirs]
+        lines.append([peer, *cells])
+    header = ["GAE", *(size.rpartition(" ")[0] for size in columns)]
     return table(header, lines) if lines else ""
 
 

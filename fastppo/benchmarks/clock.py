@@ -29,6 +29,7 @@ MIN_SAMPLE = 0.001  # seconds; short, so that on a busy machine some samples are
 LONG_CALL = 0.1  # seconds; what takes longer needs no other warm-up than the call that was checked
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
 FEW, FEW_SECONDS = 10, 0.5  # so many rounds are worth so long, whatever the budget
+REST_AFTER, REST = 0.005, 0.2  # seconds of work on a GPU, and of rest before the next sample
 LAUNCH_LOOP = 0.002  # seconds that a call's launches take the host: one input set, and no graph
 TURN, MAX_TURN = 0.1, 10  # of the slowest one's sample, as long a turn may be; samples in it
 
@@ -116,7 +117,13 @@ class Timer:
             call()
 
     def sample(self) -> float:
-        """Seconds of one call, a mean over those of one sample."""
+        """Seconds of one call, a mean over those of one sample.
+
+        A GPU's clock falls with the power of the last tenths of a second: after matrix products it
+        rests, or who comes after something idle would win.
+        """
+        if self._device.type == "cuda" and self.length > REST_AFTER:
+            time.sleep(REST)
         if not self._repeats:
             self._repeats = 1
             first = self._time()

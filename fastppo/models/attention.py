@@ -26,7 +26,6 @@ import contextlib
 import functools
 import importlib.util
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -250,7 +249,7 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_host: np.ndarray, scal
             dtype = torch.float32 if autocast and short else low
             q_i, k_i, v_i = (x.to(dtype) for x in segment)
             if device != "cpu":  # fused CUDA kernels want equal heads in fp32
-                k_i, v_i = (_repeat_heads(x, q.shape[1], 1) for x in (k_i, v_i))
+                k_i, v_i = (_repeat_heads(x, q.shape[1]) for x in (k_i, v_i))
             o_i = F.scaled_dot_product_attention(
                 q_i, k_i, v_i, is_causal=True, scale=scale, enable_gqa=device == "cpu"
             )
@@ -275,32 +274,22 @@ def _varlen(
 ) -> Tensor:
     """torch's flash kernel: (T, Hq, D), (T, Hkv, D) twice → (T, Hq, D).
 
-    The arguments grew over the releases (2.11 has no grouped heads), so they are read from the
-    signature.
+    The arguments grew over the releases, so they are read from the signature. Grouped heads work in
+    2.11 too, which has no word for them: the same bits come out as of repeated ones.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     accepted = _parameters(varlen_attn)
-    options: dict[str, Any] = {}
-    if "window_size" in accepted:
-        options["window_size"] = (-1, 0)
-    else:
-        options["is_causal"] = True
-    if "scale" in accepted:
-        options["scale"] = scale
-    else:
-        q = q * (scale * math.sqrt(q.shape[-1]))
+    options: dict[str, Any] = {"window_size": (-1, 0), "scale": scale}
     if "enable_gqa" in accepted:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
-    else:
-        k, v = (_repeat_heads(x, q.shape[1], 1) for x in (k, v))
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
     assert isinstance(out, Tensor)
     return out
 
 
-def _repeat_heads(x: Tensor, heads: int, dim: int) -> Tensor:
-    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 @functools.cache

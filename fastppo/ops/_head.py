@@ -23,7 +23,7 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
 LOW_MEMORY_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 28}
 # A part is a multiple of this many rows or columns: matrix units work on such tiles.
 MULTIPLE = 32
-# Elements of a product that is added to a sum in another dtype: 256 MiB of float32.
+# Elements of a product that a CPU adds to a sum in another dtype: 256 MiB of float32.
 SUM_ELEMENTS = 1 << 26
 
 
@@ -44,16 +44,13 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
             out.copy_(torch.mm(a, b))
     elif out.dtype == a.dtype:
         out.addmm_(a, b)
+    elif into_float32:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        # torch.addmm takes a float32 sum of half-precision products in its latest versions only.
         step = max(1, SUM_ELEMENTS // max(1, out.shape[1]))
         for start in range(0, out.shape[0], step):
             rows = slice(start, start + step)
-            if into_float32:
-                part = torch.mm(a[rows], b, out_dtype=out.dtype)
-            else:
-                part = torch.mm(a[rows], b)
-            out[rows].add_(part)
+            out[rows].add_(torch.mm(a[rows], b))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,17 +18,9 @@ from fastppo.ops._head_tiles import tiled_gradients
 from fastppo.ops._ppo_loss_config import PPOLossConfig
 from fastppo.ops._ppo_metrics import combine_ppo_metrics
 from fastppo.ops._ppo_rows import PPOInputs, ppo_rows
-from fastppo.ops._rows import RowStats, row_gradient, row_stats
+from fastppo.ops._row_ops import RowOps
+from fastppo.ops._rows import row_gradient, row_stats
 from fastppo.ops.linear_logprobs import head_stats
-
-
-class Backend(NamedTuple):
-    """What a device does with rows of logits."""
-
-    row_stats: Callable[..., RowStats]
-    row_gradient: Callable[..., None]
-    loss_rows: Callable[..., Any]
-    total: Callable[..., tuple[Tensor, Tensor]]
 
 
 def loss_rows(
@@ -56,8 +48,23 @@ def total(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(losses).sum(), combine_ppo_metrics(metrics)
 
 
+class LossOps(NamedTuple):
+    """What a device does with the loss of rows: `loss_rows` and `total`."""
+
+    rows: Callable[..., Any]
+    total: Callable[..., tuple[Tensor, Tensor]]
+
+
+def loss_ops(device: torch.device) -> LossOps:
+    """Those of a device."""
+    if device.type == "cuda":
+        from fastppo.ops import _cuda
+
+        return LossOps(_cuda.loss_rows, _cuda.total)
+    return LossOps(loss_rows, total)
+
+
 Sweep = tuple[Tensor, Tensor, Gradients]
-TORCH = Backend(row_stats, row_gradient, loss_rows, total)
 
 
 def one_sweep(
@@ -68,7 +75,7 @@ def one_sweep(
     config: PPOLossConfig,
     options: HeadOptions,
     dtypes: tuple[torch.dtype, ...],
-    backend: Backend,
+    ops: LossOps,
 ) -> Sweep:
     """Loss, metrics and the gradients of (hidden, weight, bias), in `dtypes`, at rows that all
     count: 3 matrix passes."""
@@ -78,10 +85,10 @@ def one_sweep(
         logits = head.logits(x[rows], out=part.logits)
         at = (targets[rows], inputs.select(rows), config, options.temperature_at(rows))
         out = part.grad if needs_grad else None
-        parts.append(backend.loss_rows(logits, *at, options.softcap, out))
+        parts.append(ops.rows(logits, *at, options.softcap, out))
         if needs_grad:
             gradients.add(rows, part.grad)
-    return *backend.total(parts), gradients.finish()
+    return *ops.total(parts), gradients.finish()
 
 
 def low_memory_sweep(
@@ -92,11 +99,11 @@ def low_memory_sweep(
     config: PPOLossConfig,
     options: HeadOptions,
     dtypes: tuple[torch.dtype, ...],
-    backend: Backend,
+    ops: RowOps,
 ) -> Sweep:
     """As `one_sweep`, with 4 matrix passes: statistics by chunks of rows, then the gradients by
     tiles of the vocabulary, which sum nothing of the weight's size."""
-    stats = head_stats(x, head, targets, options, backend.row_stats)
+    stats = head_stats(x, head, targets, options, ops.stats)
     part = ppo_rows(stats.logprobs, stats.entropy, inputs, config)
-    upstream = (part.logprob_grad, part.entropy_grad, options, dtypes, backend.row_gradient)
+    upstream = (part.logprob_grad, part.entropy_grad, options, dtypes, ops.gradient)
     return part.loss, part.metrics, tiled_gradients(x, head, targets, stats, *upstream)

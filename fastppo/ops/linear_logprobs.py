@@ -27,7 +27,7 @@ logits: theirs err as much, but cancel in p where one token has most of the prob
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ from fastppo.ops._head_options import (
 )
 from fastppo.ops._head_tiles import tiled_gradients
 from fastppo.ops._precision import compute_dtype, without_autocast
-from fastppo.ops._rows import RowStats, row_gradient, row_stats
+from fastppo.ops._row_ops import row_ops
+from fastppo.ops._rows import RowStats
 from fastppo.ops.token_logprobs import LogProbs, token_logprobs_reference
 
 
@@ -70,22 +71,6 @@ def linear_logprobs_reference(
     """Full [N, V] logits, then `token_logprobs_reference`; differentiable by autograd."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return token_logprobs_reference(logits, targets, temperature=temperature, softcap=softcap)
-
-
-class Backend(NamedTuple):
-    """What a device does with rows of logits."""
-
-    row_stats: Callable[..., RowStats]
-    row_gradient: Callable[..., None]
-
-
-def _implementation(device: torch.device) -> Backend:
-    """Statistics and gradient of rows for a device; the one place that chooses."""
-    if device.type == "cuda":
-        from fastppo.ops import _cuda
-
-        return Backend(_cuda.row_stats, _cuda.row_gradient)
-    return Backend(row_stats, row_gradient)
 
 
 def head_stats(
@@ -173,7 +158,7 @@ def _forward(
     check_targets(targets, weight.shape[0])
     with without_autocast(device):
         x, head = head_operands(hidden, weight, bias, options.dtype)
-        stats = head_stats(x, head, targets, options, _implementation(device).row_stats)
+        stats = head_stats(x, head, targets, options, row_ops(device).stats)
     count = 0 if keep is None else keep.shape[0]
     return RowStats(*(scatter(each, rows, count) for each in stats))
 
@@ -220,8 +205,7 @@ def _backward(
         # Tiles sum (N, H) where chunks of rows sum (V, H).
         tiled = options.needs_weight and x.shape[0] < weight.shape[0]
         gradients = tiled_gradients if tiled else chunked_gradients
-        backend = _implementation(device)
-        rows_of = (targets, stats, g, h, options, dtypes, backend.row_gradient)
+        rows_of = (targets, stats, g, h, options, dtypes, row_ops(device).gradient)
         dx, *others = gradients(x, head, *rows_of)
         return present((None if dx is None else scatter(dx, rows, num_rows), *others), weight)
 

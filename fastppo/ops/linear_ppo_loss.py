@@ -36,8 +36,9 @@ from fastppo.ops._ppo_loss_config import (
 )
 from fastppo.ops._ppo_metrics import PPO_METRIC_NAMES
 from fastppo.ops._ppo_rows import PPOInputs, check_ppo_inputs
-from fastppo.ops._ppo_sweep import TORCH, Backend, low_memory_sweep, one_sweep
+from fastppo.ops._ppo_sweep import loss_ops, low_memory_sweep, one_sweep
 from fastppo.ops._precision import without_autocast
+from fastppo.ops._row_ops import row_ops
 from fastppo.ops.linear_logprobs import (
     linear_logprobs_reference,
     masked_logprobs,
@@ -90,15 +91,6 @@ def live_rows(weights: Tensor, advantages: Tensor, config: PPOLossConfig) -> Ten
     return live & (advantages != 0) if config.zero_advantages_change_nothing else live
 
 
-def _implementation(device: torch.device) -> Backend:
-    """The rows' work for a device; the one place that chooses."""
-    if device.type == "cuda":
-        from fastppo.ops import _cuda
-
-        return Backend(_cuda.row_stats, _cuda.row_gradient, _cuda.loss_rows, _cuda.total)
-    return TORCH
-
-
 @custom_op(
     "fastppo::linear_ppo_loss",
     mutates_args=(),
@@ -133,12 +125,11 @@ def _loss(
     check_targets(targets, weight.shape[0])
     with without_autocast(device):
         x, head = head_operands(hidden, weight, bias, options.dtype)
-        tiled = x.shape[0] == 0 or (options.low_memory and options.needs_weight)
-        sweep = low_memory_sweep if tiled else one_sweep
-        backend = _implementation(device)
-        loss, metrics, (dx, *others) = sweep(
-            x, head, targets, inputs, config, options, dtypes, backend
-        )
+        at = (x, head, targets, inputs, config, options, dtypes)
+        if x.shape[0] == 0 or (options.low_memory and options.needs_weight):
+            loss, metrics, (dx, *others) = low_memory_sweep(*at, row_ops(device))
+        else:
+            loss, metrics, (dx, *others) = one_sweep(*at, loss_ops(device))
         dx = None if dx is None else scatter(dx, rows, num_rows)
         return loss, metrics, *present((dx, *others), weight)
 

@@ -30,7 +30,8 @@ from fastppo.ops._checks import (
     check_tensor,
 )
 from fastppo.ops._precision import compute_dtype, without_autocast
-from fastppo.ops._rows import RowStats, row_gradient, row_stats
+from fastppo.ops._row_ops import row_ops
+from fastppo.ops._rows import RowStats
 
 
 class LogProbs(NamedTuple):
@@ -58,18 +59,6 @@ def token_logprobs_reference(
     return LogProbs(log_p.gather(1, targets.long()[:, None]).squeeze(1), entropy)
 
 
-_Implementation = tuple[Callable[..., RowStats], Callable[..., None]]
-
-
-def _implementation(device: torch.device) -> _Implementation:
-    """Statistics and gradient of rows for a device; the one place that chooses."""
-    if device.type == "cuda":
-        from fastppo.ops import _cuda
-
-        return _cuda.row_stats, _cuda.row_gradient
-    return row_stats, row_gradient
-
-
 _ROWS = "float temperature, Tensor? temperatures, float? softcap"
 _BACKWARD = f"Tensor entropy, Tensor max, Tensor log_sum, Tensor g, Tensor? h, {_ROWS}"
 
@@ -86,10 +75,9 @@ def _forward(
     temperatures: Tensor | None,
     softcap: float | None,
 ) -> RowStats:
-    statistics, _ = _implementation(logits.device)
     tau = temperature if temperatures is None else temperatures
     with without_autocast(logits.device):
-        return statistics(logits, targets, tau, softcap)
+        return row_ops(logits.device).stats(logits, targets, tau, softcap)
 
 
 @_forward.register_fake
@@ -130,11 +118,10 @@ def _write_gradient(
     temperatures: Tensor | None,
     softcap: float | None,
 ) -> None:
-    _, gradient = _implementation(logits.device)
     tau = temperature if temperatures is None else temperatures
     stats = RowStats(entropy, entropy, max, log_sum)  # logprobs themselves are not used
     with without_autocast(logits.device):
-        gradient(logits, targets, stats, g, h, tau, softcap, out=out)
+        row_ops(logits.device).gradient(logits, targets, stats, g, h, tau, softcap, out=out)
 
 
 class _TokenLogProbs(torch.autograd.Function):

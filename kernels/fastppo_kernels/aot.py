@@ -21,7 +21,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from fastppo_kernels.launch import Call, recording
+from fastppo_kernels.launch import KernelCall, recording
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -64,14 +64,14 @@ class Report:
     instructions: int
 
 
-def record(launcher: Callable[[], Any]) -> list[Call]:
+def record(launcher: Callable[[], Any]) -> list[KernelCall]:
     """The launches of a function that calls launchers on meta tensors."""
     with recording() as calls:
         launcher()
     return calls
 
 
-def specialise(call: Call) -> tuple[dict[str, Any], dict[_At, Any], dict[_At, Any]]:
+def specialise(call: KernelCall) -> tuple[dict[str, Any], dict[_At, Any], dict[_At, Any]]:
     """Types, compile-time constants and divisibility hints that Triton's runtime would choose; the
     latter two by the place of an argument, or of one inside a tuple."""
     parameters = {p.name: p for p in call.kernel.params}
@@ -106,7 +106,7 @@ def specialise(call: Call) -> tuple[dict[str, Any], dict[_At, Any], dict[_At, An
     return signature, constants, hints
 
 
-def compile_call(call: Call, target: GPUTarget) -> Any:
+def compile_call(call: KernelCall, target: GPUTarget) -> Any:
     """Compile one recorded launch, with the specialisation Triton's runtime would choose."""
     signature, constants, hints = specialise(call)
     source = ASTSource(fn=call.kernel, signature=signature, constexprs=constants, attrs=hints)
@@ -118,7 +118,7 @@ def compile_call(call: Call, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=parsed.__dict__)
 
 
-def report(call: Call, target_name: str) -> Report:
+def report(call: KernelCall, target_name: str) -> Report:
     """Compile one recorded launch for one of TARGETS and count."""
     target = TARGETS[target_name]
     compiled = compile_call(call, target)

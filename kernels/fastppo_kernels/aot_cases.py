@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastppo_kernels.aot import record
 from fastppo_kernels.aot_scan_cases import scan_launches
-from fastppo_kernels.launch import Call
+from fastppo_kernels.launch import KernelCall
 from fastppo_kernels.ppo_loss import ppo_loss
 from fastppo_kernels.ppo_math import PPOInputs, PPOKnobs
 from fastppo_kernels.ppo_rows import ppo_rows
@@ -80,9 +80,9 @@ def _losses(dtype: torch.dtype, options: bool) -> None:
     value_loss(x, optional, x, x, clip, huber)
 
 
-def cases() -> dict[str, Call]:
+def cases() -> dict[str, KernelCall]:
     """Launches by "kernel dtype [vocabulary] [options]"; of scans by "kernel plan [options]"."""
-    found: dict[str, Call] = {}
+    found: dict[str, KernelCall] = {}
 
     def add(suffix: str, launcher: Callable[[], object]) -> None:
         for call in record(launcher):

@@ -37,7 +37,7 @@ def choose(table: Table, vocab: int) -> Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class KernelCall:
     """One launch: everything a compiler needs to know about it."""
 
     kernel: Any
@@ -47,13 +47,13 @@ class Call:
     max_registers: int | None
 
 
-_recorded: ContextVar[list[Call] | None] = ContextVar("recorded", default=None)
+_recorded: ContextVar[list[KernelCall] | None] = ContextVar("recorded", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[list[Call]]:
+def recording() -> Iterator[list[KernelCall]]:
     """Inside, launches are written down and not run, so launchers accept meta tensors."""
-    calls: list[Call] = []
+    calls: list[KernelCall] = []
     token = _recorded.set(calls)
     try:
         yield calls
@@ -65,7 +65,7 @@ def launch(kernel: Any, grid: tuple[int, ...], knobs: Launch, **arguments: Any) 
     """Run `kernel` over `grid`, or only write the call down inside `recording()`."""
     calls = _recorded.get()
     if calls is not None:
-        calls.append(Call(kernel, grid, arguments, knobs.num_warps, knobs.max_registers))
+        calls.append(KernelCall(kernel, grid, arguments, knobs.num_warps, knobs.max_registers))
         return
     # Triton 3.10 turns the fusion of a·b + c off unless asked.
     options: dict[str, Any] = {"num_warps": knobs.num_warps, "enable_fp_fusion": True}

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from fastppo_kernels.launch import recording
+from fastppo_kernels.launch import first_tensor, recording
+from fastppo_kernels.ppo_math import PPOInputs
 from fastppo_kernels.scan import LAUNCH
 
 from fastppo.ops.gae import gae_triton
@@ -92,3 +93,10 @@ def test_classic(steps, envs):
     for rest in ((None, None), (bools(*shape), floats(*shape))):
         launches = launched(lambda rest=rest: gae_classic_triton(*args, *rest, 0.99, 0.95))
         assert launches == ["gae_classic"]
+
+
+def test_a_launch_is_on_the_device_of_its_first_tensor():
+    x, y = floats(1), floats(2)
+    assert first_tensor([3, None, (1, 2), PPOInputs(x, y, y, None, None), y]) is x
+    with pytest.raises(ValueError, match="^arguments"):
+        first_tensor([3, None, (1, 2)])

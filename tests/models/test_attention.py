@@ -260,23 +260,16 @@ def reference_varlen(
     return torch.einsum("hqk,khd->qhd", weights, v.double()).to(q.dtype)
 
 
-@pytest.mark.parametrize("release", ["2.10", "2.11", "2.13"])
+@pytest.mark.parametrize("release", ["2.11", "2.13"])
 def test_varlen_adapts_to_the_signature(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's signature in each release, computed densely: all give what the segments give."""
-
-    def torch_2_10(
-        query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any,
-        is_causal: bool = False, return_aux: Any = None,
-    ) -> Tensor:  # fmt: skip
-        assert is_causal
-        return reference_varlen(query, key, value, cu_q, query.shape[-1] ** -0.5, False)
 
     def torch_2_11(
         query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any,
         *, return_aux: Any = None, scale: Any = None, window_size: Any = (-1, -1),
     ) -> Tensor:  # fmt: skip
         assert window_size == (-1, 0)
-        return reference_varlen(query, key, value, cu_q, scale, False)
+        return reference_varlen(query, key, value, cu_q, scale, True)
 
     def torch_2_13(
         query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any,
@@ -285,7 +278,7 @@ def test_varlen_adapts_to_the_signature(release: str, monkeypatch: pytest.Monkey
         assert window_size == (-1, 0)
         return reference_varlen(query, key, value, cu_q, scale, enable_gqa)
 
-    kernel = {"2.10": torch_2_10, "2.11": torch_2_11, "2.13": torch_2_13}[release]
+    kernel = {"2.11": torch_2_11, "2.13": torch_2_13}[release]
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     q, k, v, cu = operands(LENGTHS)
     arguments: dict[str, Any] = {

@@ -54,15 +54,17 @@ def round_to_nearest_even(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops take the road of CUDA tensors, with CPU tensors."""
     import fastppo.ops
+    from fastppo.ops._ppo_sweep import loss_ops
+    from fastppo.ops._row_ops import row_ops
 
     if not triton.knobs.runtime.interpret:  # there is a GPU
         return
     for name in OPS:
         module = sys.modules[f"{fastppo.ops.__name__}.{name}"]
-        choose = module._implementation
-        monkeypatch.setattr(
-            module, "_implementation", lambda device, choose=choose: choose(torch.device("cuda"))
-        )
+        for choose in (row_ops, loss_ops):
+            monkeypatch.setattr(
+                module, choose.__name__, lambda _, f=choose: f(torch.device("cuda")), raising=False
+            )
 
 
 @pytest.fixture
