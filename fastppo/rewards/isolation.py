@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastppo.rewards.failures import Losses
-from fastppo.rewards.limits import Declaration
+from fastppo.rewards.functions import BoundFunction
 from fastppo.rewards.outcome import Outcome, Problem
 
 _SEARCH_LIMITS = 5  # time limits that searching a batch may take
@@ -43,8 +43,7 @@ class Task:
     """One function's way through its rows of a batch.
 
     Args:
-        name: of the function.
-        declared: what its calls may do.
+        function: what is called.
         rows: of the batch, which this task scores.
         scores: (B,) float32, where the scores of `rows` are written.
         losses: told of every sample that is lost.
@@ -53,15 +52,14 @@ class Task:
 
     def __init__(
         self,
-        name: str,
-        declared: Declaration,
+        function: BoundFunction,
         rows: Sequence[int],
         scores: np.ndarray,
         losses: Losses,
         timeout: float,
     ) -> None:
-        self._name = name
-        self._declared = declared
+        self.function = function
+        self._declared = function.declared
         self._scores = scores
         self._losses = losses
         self._search_seconds = _SEARCH_LIMITS * timeout
@@ -203,7 +201,7 @@ class Task:
             message += f" (the sample read last; all {len(rows)} of the call are lost, because "
             message += "the function is declared not idempotent)"
         self._losses.add(
-            self._name,
+            self.function.name,
             rows,
             problem.kind,
             message,

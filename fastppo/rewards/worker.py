@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastppo.rewards.child import LENGTH, READING, TAKEN, Setting, serve
+from fastppo.rewards.failures import FailureKind
 from fastppo.rewards.limits import RewardLimits
 from fastppo.rewards.outcome import NO_ROW, Outcome, Problem, suspect_of
 from fastppo.training import interrupts
@@ -122,10 +123,8 @@ class Worker:
                 return None
             outcome = self.proceed()
             return self._ended() if outcome is None and process is self._process else outcome
-        suspect = self._suspect()
-        self.stop()
         message = f"did not return within {self._limits.timeout:g} s and was killed"
-        return Outcome(None, failure=Problem("timeout", message), suspect=suspect)
+        return self._killed("timeout", message)
 
     def stop(self) -> None:
         """Kill the process, and what it started, at once. Does nothing where there is none."""
@@ -191,10 +190,8 @@ class Worker:
         try:
             outcome, text = pickle.loads(self._reply[LENGTH.size :])
         except Exception:
-            suspect = self._suspect()
-            self.stop()
             message = "wrote something else into the connection of its worker process"
-            return Outcome(None, failure=Problem("crash", message), suspect=suspect)
+            return self._killed("crash", message)
         assert isinstance(outcome, Outcome)
         if outcome.failure is None:
             return outcome
@@ -204,20 +201,19 @@ class Worker:
         return Outcome(None, failure=outcome.failure, suspect=outcome.suspect, cause=cause)
 
     def _ended(self) -> Outcome | None:
-        assert self._note is not None
         taken = self._note[TAKEN] >= self._requests
-        suspect = self._suspect()
-        how = _how_it_ended(self._process.pid)
-        self.stop()
+        crashed = self._killed("crash", _how_it_ended(self._process.pid))
         if not taken and not self._fresh_start:  # it died before the call, by nobody's fault
             self._fresh_start = True
             self._send()
             return None
-        return Outcome(None, failure=Problem("crash", how), suspect=suspect)
+        return crashed
 
-    def _suspect(self) -> int | None:
-        assert self._note is not None
-        return suspect_of(self._note)
+    def _killed(self, kind: FailureKind, message: str) -> Outcome:
+        """The outcome of a call whose process is of no more use, having killed it."""
+        suspect = suspect_of(self._note)
+        self.stop()
+        return Outcome(None, failure=Problem(kind, message), suspect=suspect)
 
 
 def _peek(pid: int) -> tuple[int, int] | None:
