@@ -425,25 +425,6 @@ class PackedSequences:
         return [host[start:end] for start, end in itertools.pairwise(cu)]
 
 
-def partition(lengths: Ints, k: int) -> list[list[int]]:
-    """Divide sequences among k ranks so that each gets nearly the same number of tokens.
-
-    Karmarkar–Karp: with at least k sequences no rank is left without one.
-
-    Args:
-        lengths: (B,) ≥ 0, the cost of each sequence.
-        k: ranks, ≥ 1.
-
-    Returns:
-        k lists of indices, from the most to the least loaded, ascending in each.
-
-    Raises:
-        TypeError: `lengths` or `k` are not integers.
-        ValueError: a negative length, or `k` < 1.
-    """
-    return _C.partition(lengths, k)
-
-
 def _mask(name: str, x: Tensor, ids: Tensor) -> NDArray[np.bool_]:
     if ids.ndim != 2 or x.shape != ids.shape:
         raise ValueError(

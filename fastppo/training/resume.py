@@ -20,6 +20,7 @@ from fastppo.checkpoint import (
     CheckpointStore,
     lock_run_dir,
     new_run_dir,
+    verify,
 )
 from fastppo.checkpoint.lock import LOCK
 from fastppo.options import Options, about, holds
@@ -89,7 +90,7 @@ def find_checkpoint(
         CheckpointError: the named one is not valid, or none is.
     """
     if named is not None:
-        return store.named(named), []
+        return verify(named), []
     checkpoint, problems = store.newest()
     if checkpoint is None and problems:
         raise CheckpointError(

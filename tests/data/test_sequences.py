@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastppo.data.ragged import offsets, ragged_arange
-from fastppo.data.sequences import PackedSequences, partition
+from fastppo.data.sequences import PackedSequences
 from fastppo.ppo.experience import PackedBatch
 
 TOKENS = st.integers(0, 50_000)
@@ -128,14 +128,6 @@ def test_bins_cover_the_batch_and_select_takes_them(
     parts = [batch.select(indices) for indices in bins]
     assert all(part.num_tokens <= 14 for part in parts)
     assert sum(part.num_responses for part in parts) == batch.num_responses
-
-
-def test_partition_balances_ranks() -> None:
-    lengths = np.random.default_rng(0).integers(100, 2000, 256)
-    parts = partition(lengths, 8)
-    loads = [int(lengths[part].sum()) for part in parts]
-    assert sorted(sum(parts, [])) == list(range(256))
-    assert max(loads) - min(loads) <= 0.001 * max(loads)
 
 
 def test_dtypes_and_views_of_one_arena() -> None:

@@ -156,7 +156,10 @@ def test_any_set_of_bad_samples_is_found(size: int, data: st.DataObject) -> None
         ({"timeout": float("inf")}, "timeout: expected a finite number > 0, got inf"),
         ({"memory_gb": -1.0}, "memory_gb: expected a finite number > 0, got -1.0"),
         ({"max_failure_rate": 1.5}, r"max_failure_rate: expected a number in \[0, 1\], got 1.5"),
-        ({"max_failure_rate": float("nan")}, r"max_failure_rate: expected a number in \[0, 1\], got nan"),
+        (
+            {"max_failure_rate": float("nan")},
+            r"max_failure_rate: expected a number in \[0, 1\], got nan",
+        ),
     ],
 )
 def test_bad_limits_are_refused(limits: dict[str, Any], message: str) -> None:
