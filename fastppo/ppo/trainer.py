@@ -252,16 +252,14 @@ class PPOTrainer:
         ids = [ids.tolist() for ids in rollouts.responses]
         return self.rewards(drawn.prompts, completions, drawn.columns, ids)
 
+    @retried
     def _packed(self, drawn: PromptBatch, rollouts: Rollouts) -> PackedBatch:
-        return retried(
-            lambda: PackedBatch.pack(
-                drawn.ids,
-                rollouts.responses,
-                rollout_logprobs=rollouts.logprobs,
-                truncated=rollouts.truncated,
-                device=self.device,
-            ),
-            self.device,
+        return PackedBatch.pack(
+            drawn.ids,
+            rollouts.responses,
+            rollout_logprobs=rollouts.logprobs,
+            truncated=rollouts.truncated,
+            device=self.device,
         )
 
     # What a run asks for
