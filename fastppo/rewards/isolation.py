@@ -14,7 +14,6 @@ the same time all follow the same rules:
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +22,11 @@ import numpy as np
 
 from fastppo.rewards.failures import Losses
 from fastppo.rewards.functions import BoundFunction
+from fastppo.rewards.limits import backoff
 from fastppo.rewards.outcome import Outcome, Problem
 
 _SEARCH_LIMITS = 5  # time limits that searching a batch may take
 _PAUSE = 0.1  # seconds before the first retry; doubles with each
-
-_jitter = random.Random()  # not the shared generator, whose state may be a run's
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Task:
     def _score(self, rows: list[int]) -> Generator[Call, Outcome, None]:
         tries = 0
         while rows:
-            outcome = yield Call(rows, _pause(tries))
+            outcome = yield Call(rows, backoff(_PAUSE, tries))
             failure = outcome.failure
             if failure is None:
                 yield from self._accept(rows, outcome)
@@ -118,7 +116,7 @@ class Task:
         outcome = None
         for attempt in range(tries):
             retry = 1 + attempt if self._declared.retries else 0
-            outcome = yield Call([row], _pause(retry))
+            outcome = yield Call([row], backoff(_PAUSE, retry))
             if outcome.scores is not None and not outcome.problems:
                 self._scores[row] = outcome.scores[0]
                 break
@@ -208,8 +206,3 @@ class Task:
             blamed=None if blamed is None else rows[blamed],
             cause=outcome.cause,
         )
-
-
-def _pause(tries: int) -> float:
-    """Seconds before try number `tries`, between half and all of a doubling time; 0 for try 0."""
-    return 0.0 if tries == 0 else _PAUSE * 2 ** (tries - 1) * _jitter.uniform(0.5, 1.0)

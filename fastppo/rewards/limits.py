@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 from fastppo.options import Options, option
 
 _ATTRIBUTE = "fastppo_declaration"
+
+_jitter = random.Random()  # not the shared generator, whose state may be a run's
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -88,3 +91,10 @@ def declaration_of(func: Callable[..., Any]) -> Declaration:
         if not isinstance(func, functools.partial):
             return Declaration()
         func = func.func
+
+
+def backoff(first: float, tries: int) -> float:
+    """Seconds before a call that follows `tries` failed ones, between half and all of a time that
+    doubles with each, from `first` on.
+    """
+    return first * 2 ** (tries - 1) * _jitter.uniform(0.5, 1.0) if tries else 0.0

@@ -64,11 +64,6 @@ class Worker:
         Raises:
             TypeError: an argument cannot be pickled.
         """
-        self._request = self._frame(arguments, count)
-        self._fresh_start = False
-        self._send()
-
-    def _frame(self, arguments: dict[str, list[Any]], count: int) -> bytes:
         try:
             body = pickle.dumps((count, arguments), pickle.HIGHEST_PROTOCOL)
         except Exception as error:
@@ -77,7 +72,9 @@ class Worker:
                 f"data to be sent to its worker process ({type(error).__name__}: {error}). Store "
                 "plain values in the dataset, or set workers to 0"
             ) from error
-        return LENGTH.pack(len(body)) + body
+        self._request = LENGTH.pack(len(body)) + body
+        self._fresh_start = False
+        self._send()
 
     def _send(self) -> None:
         if self._process is None:
