@@ -39,8 +39,9 @@ from fastppo.training.device import describe
 from fastppo.training.errors import NonFiniteError
 from fastppo.training.memory import retried
 from fastppo.training.metrics import PhaseTimer
-from fastppo.training.run import Notice, Row, Run, Sample, State
+from fastppo.training.run import Run
 from fastppo.training.seeding import batch_indices, derive_seed
+from fastppo.training.trainer import Notice, Row, Sample, State
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -274,8 +275,7 @@ class PPOTrainer:
         if self.step.token_budget < self.token_budget_shown:
             self.token_budget_shown = self.step.token_budget
             yield Notice(f"out of memory: token_budget is {self.token_budget_shown} from now on")
-        for alarm in self.alarms.check(row):
-            yield Notice(alarm.message, keep=alarm.name)
+        yield from self.alarms.check(row)
 
     def next_iteration(self) -> None:
         """Forget the iteration that is done."""

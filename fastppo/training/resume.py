@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -149,6 +150,30 @@ def open_run(
         if changed := changed_versions(checkpoint.state["versions"]):
             notes.append(f"other versions than the run was made with, bits may differ: {changed}")
     return OpenedRun(run_dir, True, store, checkpoint, notes)
+
+
+def archive(run_dir: Path, checkpoint: Checkpoint) -> Path | None:
+    """Move checkpoints that are newer than the one to continue from out of the run's way.
+
+    They and copies of metrics and samples go to run_dir/abandoned-N, because the run is about to
+    take another course from there.
+
+    Returns:
+        That folder, None where there is nothing newer.
+    """
+    folder = checkpoint.path.parent
+    newer = [path for path in folder.glob("[!.]*") if path.name > checkpoint.path.name]
+    if not newer:
+        return None
+    count = len(list(run_dir.glob("abandoned-*"))) + 1
+    archived = run_dir / f"abandoned-{count}"
+    (archived / folder.name).mkdir(parents=True)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (run_dir / name).exists():
+            shutil.copy2(run_dir / name, archived / name)
+    for path in sorted(newer, reverse=True):  # a crash in between leaves none newer than the rest
+        path.rename(archived / folder.name / path.name)
+    return archived
 
 
 def plain_config(args: Options) -> dict[str, Any]:
