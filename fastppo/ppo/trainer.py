@@ -17,18 +17,12 @@ import numpy as np
 
 from fastppo.checkpoint import Checkpoint, save_model
 from fastppo.data.prompts import PromptBatch, decode
-from fastppo.models.loading import (
-    eos_token_ids,
-    load_config,
-    load_model,
-    load_tokenizer,
-    load_value_model,
-    with_adapter,
-)
+from fastppo.models.loading import eos_token_ids, load_config, load_tokenizer
 from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.inputs import make_inputs
+from fastppo.ppo.models import load_models
 from fastppo.ppo.rollout_metrics import check_scored, evaluation, sample_rows, score_metrics
 from fastppo.ppo.state import Iteration, frozen_digest, load_trainer_state, place, trainer_state
 from fastppo.ppo.step import PPOStep
@@ -121,16 +115,15 @@ class PPOTrainer:
             self.run.opened.notes.append(left_out)
         with self.run.released_on_error():
             self.rewards.load_models()
-            loaded: Any = load_model(model) if isinstance(model, str) else model
-            if peft_config is not None:
-                seed = derive_seed(args.seed, 0, "adapter")
-                loaded = with_adapter(loaded, peft_config, seed)
-            if isinstance(ref_model, str):
-                ref_model = load_model(ref_model, "ref_model")
-            if isinstance(value_model, str):
-                value_model = load_value_model(value_model)
+            loaded, others = load_models(
+                args.seed,
+                model,
+                ref_model=ref_model,
+                value_model=value_model,
+                peft_config=peft_config,
+            )
             self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
-            self.step = PPOStep(loaded, args, ref_model=ref_model, value_model=value_model)
+            self.step = PPOStep(loaded, args, **others)
             self.rewards.check_apart(self.step.trained())
         self.policy, self.device = self.step.policy, self.step.device
         self.run_dir = self.run.run_dir
