@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import json
 import platform
 import shutil
@@ -180,11 +179,6 @@ def plain_config(args: Options) -> dict[str, Any]:
     """The configuration as it comes back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     return plain
-
-
-def config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a configuration."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def check_config(saved: Mapping[str, Any], args: Options, allowed: Iterable[str] = ()) -> None:

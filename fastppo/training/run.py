@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from fastppo.training.metrics import (
     strict,
     to_json,
 )
-from fastppo.training.resume import archive, config_digest, open_run, plain_config, versions
+from fastppo.training.resume import archive, open_run, plain_config, versions
 from fastppo.training.trainer import Row, Sample, State, Trainer
 
 MAX_ROLLBACKS = 3
@@ -247,9 +247,8 @@ class Run:
         self.store.save(name, tensors, state, score=score, extra=extra, wait=extra)
         return self.store.folder / name
 
-    def _state(self, trainer: Trainer, make: Callable[[], State] | None = None) -> State:
-        tensors, state = (make or trainer.state)()
-        config = plain_config(self.args)
+    def _state(self, trainer: Trainer, of_trainer: State | None = None) -> State:
+        tensors, state = of_trainer or trainer.state()
         own = {
             "iterations": self.iterations,
             "rewards": to_json(self.rewards),
@@ -259,8 +258,7 @@ class Run:
         }
         return tensors, state | {
             "run": trainer.identity() | own,
-            "config": config,
-            "config_sha256": config_digest(config),
+            "config": plain_config(self.args),
             "versions": versions(),
         }
 
@@ -300,7 +298,7 @@ class Run:
             NonFiniteError: `on_nonfinite` is "stop", there is no checkpoint, or going back did not
                 help `MAX_ROLLBACKS` times.
         """
-        tensors, state = self._state(trainer, lambda: trainer.failed_step(error))
+        tensors, state = self._state(trainer, trainer.failed_step(error))
         kept = self._dump("nonfinite", tensors, state)
         self.store.wait()
         # An extra one may have the very samples, and a run without a signal would not have it.
