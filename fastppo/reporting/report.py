@@ -42,7 +42,7 @@ def write_report(run_dir: str | Path) -> Path:
     curves = Curves([int(row["iteration"]) for row in rows] + [x for x, _ in evals])
     reward = reward_curve(rows, evals, curves)
     multiples = small_curves(rows, curves)
-    path = run_dir / "report.html"
+    path, texts = run_dir / "report.html", run_dir / "samples.jsonl"
     write_page(
         path,
         "reporting/page.html",
@@ -53,7 +53,7 @@ def write_report(run_dir: str | Path) -> Path:
         reward=reward,
         multiples=multiples,
         phases=phases(rows),
-        samples=_samples(run_dir / "samples.jsonl"),
+        samples=samples(lambda: read_lines(texts)) if texts.exists() else {},
         config=configuration(config),
         data=curves.data(evals),
     )
@@ -138,16 +138,9 @@ def _evaluations(
     """
     found = {int(r["iteration"]): r["eval_reward"] for r in rows if finite([r.get("eval_reward")])}
     if rows:
-        ends = (
-            (int(rows[0]["iteration"]) - 1, "eval_before"),
-            (int(rows[-1]["iteration"]), "eval_after"),
-        )
-        for iteration, key in ends:
+        first, last = int(rows[0]["iteration"]), int(rows[-1]["iteration"])
+        for iteration, key in ((first - 1, "eval_before"), (last, "eval_after")):
             value = (summary.get(key) or {}).get("reward")
             if finite([value]):
                 found.setdefault(iteration, value)
     return sorted(found.items())
-
-
-def _samples(path: Path) -> dict[int, list[dict[str, Any]]]:
-    return samples(lambda: read_lines(path)) if path.exists() else {}
