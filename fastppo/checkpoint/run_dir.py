@@ -21,13 +21,13 @@ class Savable(Protocol):
     def save(self, folder: Path, /) -> None: ...
 
 
-def new_run_dir(output_dir: str) -> Path:
-    """The folder of a new run; empty: runs/<date>-<time> below the current folder.
+def new_run_dir(output_dir: str, below: str = "runs") -> Path:
+    """The folder of a new run; empty: <below>/<date>-<time> in the current folder.
 
     Raises:
         ValueError: the folder exists and is not empty. Nothing in it is touched.
     """
-    path = Path(output_dir or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")).expanduser()
+    path = Path(output_dir or f"{below}/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
             f"output_dir: expected a folder that does not exist yet, got {str(path)!r}, which is "

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastppo.checkpoint import format as fmt
 from fastppo.checkpoint.durable import advice, delete, make_folder, sync
-from fastppo.checkpoint.format import Checkpoint, CheckpointError, InvalidError, verify
+from fastppo.checkpoint.format import Checkpoint, CheckpointError, InvalidError
 from fastppo.checkpoint.run_dir import leftovers
 
 NAME = "[A-Za-z0-9_-]+"
@@ -35,7 +35,7 @@ class CheckpointStore:
     """The folder `checkpoints` of a run directory.
 
     Names of checkpoints sort in the order of time. The process that saves or sweeps has the run
-    directory locked (`lock_run_dir`); `newest` and `named` only read.
+    directory locked (`lock_run_dir`); `newest` only reads.
 
     Args:
         folder: run_dir / "checkpoints". Made by the first save.
@@ -154,15 +154,6 @@ class CheckpointStore:
             except InvalidError as reason:
                 passed_over.append(f"{name}: {reason}")
         return None, passed_over
-
-    def named(self, path: str | Path) -> Checkpoint:
-        """The checkpoint of that name here, or in the folder `path`.
-
-        Raises:
-            CheckpointError: it is not valid; says why.
-        """
-        here, elsewhere = self.folder / path, Path(path)
-        return verify(elsewhere if elsewhere.exists() and not here.exists() else here)
 
     # In the writer's thread
 

@@ -7,13 +7,13 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from fastppo.benchmarks.results import Result
+from fastppo.cli.output import refused
 
 RESULT, TABLES = "result.json", "tables.md"
 BUDGET = {"smoke": 0.3, "cpu": 1.5, "gpu": 3.0}
@@ -56,7 +56,7 @@ def run(
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds: expected a number > 0, got {seconds}")
     chosen = select_cases(cases)
-    folder = new_run_dir(output_dir or f"bench-results/{datetime.now():%Y%m%d-%H%M%S}")
+    folder = new_run_dir(output_dir, "bench-results")
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     command = shlex.join(["fastppo", *sys.argv[1:]])
@@ -152,11 +152,10 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `fastppo bench` with these arguments.
-
-    Raises:
-        ValueError, OSError: what a person can mend, named.
-    """
+    """Run `fastppo bench` with these arguments; returns the exit status."""
     name = argv[0] if argv and argv[0] in COMMANDS else ""
     prog = f"fastppo bench {name}" if name else "fastppo bench [list | compare | render]"
-    return tyro.cli(COMMANDS[name], prog=prog, args=list(argv[1:] if name else argv))
+    try:
+        return tyro.cli(COMMANDS[name], prog=prog, args=argv[1:] if name else argv)
+    except (ValueError, ImportError, OSError) as error:
+        return refused("bench", error)

@@ -15,9 +15,9 @@ from fastppo.checkpoint import new_run_dir
 from fastppo.models.config import NamedModelConfig
 from fastppo.models.loading import load_config, load_tokenizer
 from fastppo.models.setup import train_last_layers
-from fastppo.ppo.build import lora_config
 from fastppo.ppo.config import TrainConfig
 from fastppo.ppo.inputs import make_inputs
+from fastppo.ppo.models import lora_config
 from fastppo.rewards import resolve_reward
 from fastppo.training.device import describe, resolve_device, resolve_precision
 

@@ -6,8 +6,8 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from fastppo.cli.options import parse_config
 from fastppo.cli.output import quiet, refused
 
 _USAGE = """usage: fastppo COMMAND [options]
@@ -72,96 +72,49 @@ def _train(argv: Sequence[str]) -> int:
 def _replay(argv: Sequence[str]) -> int:
     from fastppo.cli.replay import replay
 
-    return _on_checkpoint("replay", replay, argv)
+    return _called(replay, argv)
 
 
 def _export(argv: Sequence[str]) -> int:
     from fastppo.cli.export import export
 
-    return _on_checkpoint("export", export, argv)
-
-
-def _on_checkpoint(command: str, function: Callable[..., int], argv: Sequence[str]) -> int:
-    import tyro
-
-    from fastppo.checkpoint import CheckpointError
-
-    quiet()
-    try:
-        return tyro.cli(function, prog=f"fastppo {command}", args=list(argv))
-    except (ValueError, OSError, CheckpointError) as error:
-        return refused(command, error)
+    return _called(export, argv)
 
 
 def _demo(argv: Sequence[str]) -> int:
-    import tyro
-
     from fastppo.cli.demo import demo
 
-    quiet()
-    try:
-        tyro.cli(demo, prog="fastppo demo", args=list(argv))
-    except (ValueError, OSError) as error:
-        return refused("demo", error)
-    return 0
+    return _called(demo, argv)
 
 
 def _doctor(argv: Sequence[str]) -> int:
-    import tyro
-
     from fastppo.cli.doctor import doctor
 
-    quiet()
-    try:
-        return tyro.cli(doctor, prog="fastppo doctor", args=list(argv))
-    except (ValueError, OSError) as error:
-        return refused("doctor", error)
+    return _called(doctor, argv)
 
 
 def _profile(argv: Sequence[str]) -> int:
-    import tyro
+    from fastppo.cli.profile import main as profile
 
-    from fastppo.cli.profile import ProfileConfig, print_aot, profile, profile_op
-
-    try:
-        if argv[:1] == ["op"]:
-            tyro.cli(profile_op, prog="fastppo profile op", args=argv[1:])
-            return 0
-        if any(arg.partition("=")[0] in ("--aot", "--target") for arg in argv):
-            tyro.cli(print_aot, prog="fastppo profile", args=argv)
-            return 0
-        config = parse_config(
-            ProfileConfig,
-            list(argv),
-            prog="fastppo profile [op NAME | --aot] [--config FILE.toml]",
-            description=(
-                "Trace iterations of a run, whose options are those of fastppo train: phases, "
-                "kernels, host syncs. `fastppo profile op NAME` does it for one op, `fastppo "
-                "profile --aot` prints what the kernels compile to; both have a --help."
-            ),
-            ignored="output_dir",
-        )
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        return refused("profile", error)
-    from fastppo.rewards import RewardError
-    from fastppo.training.errors import NonFiniteError
-    from fastppo.training.interrupts import Interrupted
-
-    quiet()
-    try:
-        profile(config)
-    except (ValueError, TypeError, ImportError, OSError, RewardError, NonFiniteError) as error:
-        return refused("profile", error)
-    except Interrupted as interrupted:
-        print("fastppo profile: interrupted", file=sys.stderr)
-        return 128 + interrupted.signum
-    return 0
+    return profile(argv)
 
 
 def _bench(argv: Sequence[str]) -> int:
     from fastppo.cli.bench import main as bench
 
+    return bench(argv)
+
+
+def _called(function: Callable[..., Any], argv: Sequence[str]) -> int:
+    """The exit status of a command that is one function, whose arguments are its options."""
+    import tyro
+
+    from fastppo.checkpoint import CheckpointError
+
+    name = function.__name__
+    quiet()
     try:
-        return bench(argv)
-    except (ValueError, ImportError, OSError) as error:
-        return refused("bench", error)
+        result = tyro.cli(function, prog=f"fastppo {name}", args=argv)
+    except (ValueError, OSError, CheckpointError) as error:
+        return refused(name, error)
+    return result if isinstance(result, int) else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +27,13 @@ _PATHS = ("model", "dataset", "eval_dataset", "reward", "ref_model", "value_mode
 
 
 def parse_config(
-    kind: type[Config], args: list[str], *, prog: str, description: str, ignored: str = ""
+    kind: type[Config], argv: Sequence[str], *, prog: str, description: str, ignored: str = ""
 ) -> Config:
     """A configuration from the file after --config, if any, and the flags that override it.
 
     Args:
         kind: of configuration.
-        args: of the command line.
+        argv: of the command line.
         prog, description: for --help.
         ignored: a key of the file that says nothing about this configuration.
     """
@@ -40,7 +41,7 @@ def parse_config(
 
     from fastppo.cli.groups import flat, grouped
 
-    args, settings = list(args), {}
+    args, settings = list(argv), {}
     if (values := take(args, "--config")) is not None:
         settings = read_toml(Path(at_most_one("--config", values) or ""), kind)
     given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in args if arg[:2] == "--"}

@@ -12,7 +12,7 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def refused(command: str, error: BaseException) -> int:
+def refused(command: str, why: object) -> int:
     """One line on stderr, and the exit status of what a person can mend."""
-    print(f"fastppo {command}: {error}", file=sys.stderr)
+    print(f"fastppo {command}: {why}", file=sys.stderr)
     return 2

@@ -8,9 +8,9 @@ fastppo profile --aot                           kernels compiled without a GPU
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,8 +18,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fastppo.cli.options import parse_config
+from fastppo.cli.output import quiet, refused
 from fastppo.options import option
 from fastppo.ppo.config import TrainConfig
+from fastppo.rewards import RewardError
+from fastppo.training.errors import NonFiniteError
+from fastppo.training.interrupts import Interrupted
 
 if TYPE_CHECKING:
     from fastppo.profiling.meta import Ceilings
@@ -38,6 +43,35 @@ class ProfileConfig(TrainConfig):
     """Iterations that are traced, after two that are not."""
 
 
+def main(argv: Sequence[str]) -> int:
+    """Run `fastppo profile` with these arguments; returns the exit status."""
+    try:
+        if argv[:1] == ["op"]:
+            tyro.cli(profile_op, prog="fastppo profile op", args=argv[1:])
+        elif any(arg.partition("=")[0] in ("--aot", "--target") for arg in argv):
+            tyro.cli(print_aot, prog="fastppo profile", args=argv)
+        else:
+            config = parse_config(
+                ProfileConfig,
+                argv,
+                prog="fastppo profile [op NAME | --aot] [--config FILE.toml]",
+                description=(
+                    "Trace iterations of a run, whose options are those of fastppo train: phases, "
+                    "kernels, host syncs. `fastppo profile op NAME` does it for one op, `fastppo "
+                    "profile --aot` prints what the kernels compile to; both have a --help."
+                ),
+                ignored="output_dir",
+            )
+            quiet()
+            profile(config)
+    except (ValueError, TypeError, ImportError, OSError, RewardError, NonFiniteError) as error:
+        return refused("profile", error)
+    except Interrupted as interrupted:
+        print("fastppo profile: interrupted", file=sys.stderr)
+        return 128 + interrupted.signum
+    return 0
+
+
 def profile(config: ProfileConfig) -> None:
     """Trace iterations of a run and write trace, tables and page.
 
@@ -49,11 +83,11 @@ def profile(config: ProfileConfig) -> None:
         RewardError, NonFiniteError: an iteration failed.
         Interrupted: a signal came; what had been traced is in output_dir.
     """
+    from fastppo.checkpoint import new_run_dir
     from fastppo.profiling.collect import META, profile_run
-    from fastppo.training.interrupts import Interrupted
 
     console = Console()
-    folder = _new_folder(config.output_dir)
+    folder = new_run_dir(config.output_dir, "profiles")
     _quiet_kineto()
     try:
         profile_run(config, config.steps, folder, console.print)
@@ -86,11 +120,12 @@ def profile_op(
     Raises:
         ValueError: an unknown op or size, no such device, or no Nsight Compute.
     """
+    from fastppo.checkpoint import new_run_dir
     from fastppo.profiling import op_profile
 
     console = Console()
     ready = op_profile.make_ready(name, size, device, precision)
-    folder = _new_folder(output_dir)
+    folder = new_run_dir(output_dir, "profiles")
     if ncu:
         console.print(f"written to {op_profile.run_under_ncu(ready, folder)}")
         return
@@ -123,12 +158,6 @@ def print_aot(aot: bool = True, target: str = "") -> None:
             counts = (str(getattr(made, column)) for column in COLUMNS)
             table.add_row(name, each, str(made.num_warps), *counts)
     Console().print(table)
-
-
-def _new_folder(output_dir: str) -> Path:
-    from fastppo.checkpoint import new_run_dir
-
-    return new_run_dir(output_dir or f"profiles/{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def _quiet_kineto() -> None:

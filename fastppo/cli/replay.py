@@ -18,18 +18,12 @@ from torch import Tensor
 from fastppo import ops
 from fastppo.checkpoint import Checkpoint, CheckpointError, verify
 from fastppo.data.prompts import decode
-from fastppo.models.loading import (
-    load_model,
-    load_tokenizer,
-    load_value_model,
-    with_adapter,
-)
-from fastppo.ppo.build import lora_config
+from fastppo.models.loading import load_tokenizer
 from fastppo.ppo.config import PPOConfig, TrainConfig
 from fastppo.ppo.experience import PackedBatch
+from fastppo.ppo.models import load_models, named_models
 from fastppo.ppo.state import Iteration, frozen_digest, load_trainer_state
 from fastppo.ppo.step import PPOStep
-from fastppo.training.seeding import derive_seed
 
 
 def replay(dump: Annotated[Path, tyro.conf.Positional], model: str = "") -> int:
@@ -87,17 +81,9 @@ def load_step(checkpoint: Checkpoint, model: str) -> tuple[PPOStep, Iteration, s
             f"model: {checkpoint.path} does not name the model its run started from. Name it: "
             "--model NAME"
         )
-    loaded, companions = load_model(name), dict[str, Any]()
-    if isinstance(config, TrainConfig):
-        if config.lora_rank:
-            loaded = with_adapter(
-                loaded, lora_config(config), derive_seed(config.seed, 0, "adapter")
-            )
-        if config.ref_model:
-            companions["ref_model"] = load_model(config.ref_model, "ref_model")
-        if config.value_model:
-            companions["value_model"] = load_value_model(config.value_model)
-    step = PPOStep(loaded, config, **companions)
+    named = named_models(config) if isinstance(config, TrainConfig) else {}
+    loaded, others = load_models(config.seed, name, **named)
+    step = PPOStep(loaded, config, **others)
     if "policy" not in checkpoint.groups:
         raise CheckpointError(
             f"{checkpoint.path}: expected the parameters before the step, got a batch that was "

@@ -76,11 +76,9 @@ def train(argv: Sequence[str]) -> int:
             raise
         return refused(
             "train",
-            ValueError(
-                f"out of memory, with the smallest pass that was possible: {error}. Shorten "
-                "max_response_length, set train_layers or lora_rank, or free the device; --resume "
-                "goes on from the last checkpoint"
-            ),
+            f"out of memory, with the smallest pass that was possible: {error}. Shorten "
+            "max_response_length, set train_layers or lora_rank, or free the device; --resume "
+            "goes on from the last checkpoint",
         )
     except Interrupted as interrupted:
         print(f"fastppo train: interrupted; the run is in {trainer.run_dir}", file=sys.stderr)

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from fastppo.data.sources import load_records, read_prompt_kind
+from fastppo.data.sources import load_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["PromptBatch", "PromptDataset", "decode", "load_records"]
 
 _RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -48,7 +46,7 @@ class PromptDataset:
         tokenizer: the policy's tokenizer. Plain prompts are encoded with its defaults, chat prompts
             by its chat template with the generation prompt added (or, when the last message is the
             assistant's, left open to be continued).
-        max_prompt_length: in tokens; None for no limit.
+        max_prompt_length: in tokens, ≥ 1; None for no limit.
         overlong: what to do with longer prompts: "error" refuses the dataset, "filter" leaves them
             out and counts them.
 
@@ -66,18 +64,10 @@ class PromptDataset:
         max_prompt_length: int | None = None,
         overlong: Literal["error", "filter"] = "error",
     ) -> None:
-        if overlong not in ("error", "filter"):
-            raise ValueError(f"overlong must be 'error' or 'filter', got {overlong!r}")
-        if max_prompt_length is not None and max_prompt_length < 1:
-            raise ValueError(
-                f"max_prompt_length must be a positive number of tokens or None, got "
-                f"{max_prompt_length}"
-            )
         records = load_records(source)
-        kinds = [read_prompt_kind(record["prompt"]) for record in records]
-        if (
-            other := next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
-        ) is not None:
+        kinds = ["plain" if isinstance(record["prompt"], str) else "chat" for record in records]
+        other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
+        if other is not None:
             raise ValueError(
                 f"prompts must be all plain strings or all chat messages: row 0 is {kinds[0]}, row "
                 f"{other} is {kinds[other]}; convert one kind into the other"

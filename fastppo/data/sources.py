@@ -11,7 +11,7 @@ import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 _LONGEST_VALUE = 1 << 30  # characters of a CSV value; left alone, csv refuses documents of 131,073
 _Row = tuple[str, Any]  # where it is, for errors ("x.jsonl, line 3"), and the record
@@ -44,7 +44,7 @@ def load_records(source: Any) -> list[dict[str, Any]]:
     if isinstance(source, (str, Path)):
         name, rows = str(source), _read_path(str(source))
     else:
-        name, rows = _memory_name(source), _read_memory(source)
+        name, rows = f"the dataset ({type(source).__name__})", _read_memory(source)
     if not rows:
         raise ValueError(f"{name} must hold at least one record, got an empty dataset")
     columns: dict[str, None] = {}  # keeps the order in which columns appear
@@ -67,11 +67,6 @@ def load_records(source: Any) -> list[dict[str, Any]]:
             raise ValueError(f"{where} has no 'prompt', got columns {', '.join(record)}")
         _check_prompt(where, record["prompt"])
     return [{column: record.get(column) for column in columns} for _, record in rows]
-
-
-def read_prompt_kind(prompt: Any) -> Literal["plain", "chat"]:
-    """Whether a prompt that `load_records` returned is a string or chat messages."""
-    return "plain" if isinstance(prompt, str) else "chat"
 
 
 def _check_prompt(where: str, prompt: Any) -> None:
@@ -235,10 +230,6 @@ def _read_memory(source: Any) -> list[_Row]:
         kind = "an iterable" if isinstance(source, Iterable) else "an object"
         raise TypeError(f"dataset must be {_FORMS}, got {kind} of type {type(source).__name__}")
     return [(f"row {i}", record) for i, record in enumerate(source)]
-
-
-def _memory_name(source: Any) -> str:
-    return f"the dataset ({type(source).__name__})"
 
 
 def _optional(module: str, source: str) -> Any:

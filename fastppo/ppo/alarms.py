@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from fastppo.ppo.config import UpdateConfig
-
-
-class Alarm(NamedTuple):
-    """Something a person should see."""
-
-    name: str  # "kl" or "entropy"
-    message: str
+from fastppo.training.trainer import Notice
 
 
 class Alarms:
@@ -28,29 +21,23 @@ class Alarms:
         self._config = config
         self.raised: list[str] = []
 
-    def check(self, row: Mapping[str, float]) -> list[Alarm]:
+    def check(self, row: Mapping[str, float]) -> list[Notice]:
         """The alarms that an iteration's metrics raise."""
-        config, found = self._config, []
+        config, found = self._config, {}
         # a NaN (no reference, nothing in the loss) compares false: no alarm
         figures = {name: row[name] for name in ("approx_kl", "kl") if row[name] > config.kl_warning}
         if config.kl_warning and figures:
             name, value = max(figures.items(), key=lambda item: item[1])
-            found.append(
-                Alarm(
-                    "kl",
-                    f"{name} = {value:.3g} nats per token (kl_warning = {config.kl_warning:g}): "
-                    "the policy moved very far. Lower learning_rate, or set target_kl",
-                )
+            found["kl"] = (
+                f"{name} = {value:.3g} nats per token (kl_warning = {config.kl_warning:g}): "
+                "the policy moved very far. Lower learning_rate, or set target_kl"
             )
         if config.entropy_warning and row["entropy"] < config.entropy_warning:
-            found.append(
-                Alarm(
-                    "entropy",
-                    f"entropy = {row['entropy']:.3g} nats per token (entropy_warning = "
-                    f"{config.entropy_warning:g}): every sample is nearly the same. Raise "
-                    "ent_coef or kl_coef, or lower learning_rate",
-                )
+            found["entropy"] = (
+                f"entropy = {row['entropy']:.3g} nats per token (entropy_warning = "
+                f"{config.entropy_warning:g}): every sample is nearly the same. Raise "
+                "ent_coef or kl_coef, or lower learning_rate"
             )
-        new = [alarm for alarm in found if alarm.name not in self.raised]
-        self.raised = [alarm.name for alarm in found]
+        new = [Notice(text, keep=name) for name, text in found.items() if name not in self.raised]
+        self.raised = list(found)
         return new

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fastppo.data.prompts import PromptDataset, load_records
+from fastppo.data.prompts import PromptDataset
 from fastppo.models.attention import check_supported
 from fastppo.ppo.config import PPOConfig
 from fastppo.rewards import RewardLimits, Rewards
@@ -51,7 +51,7 @@ def make_inputs(
         None
         if source is None
         else PromptDataset(
-            load_records(source),
+            source,
             tokenizer,
             max_prompt_length=args.max_prompt_length,
             overlong=args.overlong_prompts,

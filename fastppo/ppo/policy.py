@@ -37,8 +37,8 @@ class Policy:
             sequence classification model with one label, whose score starts the value head. By
             default a copy of the actor's trunk as it is now.
         reference: "copy" is the actor as it is now (frozen parameters are shared, not copied),
-            "adapter" a PEFT model with the adapter off, "model" is `ref_model`, "none" has none.
-        ref_model: the reference policy for reference = "model".
+            "adapter" a PEFT model with the adapter off, "none" has none.
+        ref_model: a reference policy in place of that.
         train_layers, precision, gradient_checkpointing: see `PackedModel`.
 
     Raises:
@@ -52,13 +52,18 @@ class Policy:
         *,
         critic: Literal["shared", "separate", "none"] = "shared",
         value_model: Any = None,
-        reference: Literal["copy", "adapter", "model", "none"] = "copy",
+        reference: Literal["copy", "adapter", "none"] = "copy",
         ref_model: Any = None,
         train_layers: int | None = None,
         precision: setup.Precision = "fp32",
         gradient_checkpointing: bool = False,
     ) -> None:
-        _check_roles(critic, value_model, reference, ref_model, precision, model)
+        if value_model is not None and critic != "separate":
+            raise ValueError(
+                f"value_model: expected None with critic = {critic!r}, got a model. Use 'separate'"
+            )
+        if reference == "adapter" and ref_model is None and not setup.is_peft(model):
+            raise ValueError("reference: 'adapter' needs a PEFT model, got a plain one. Use 'copy'")
         head = setup.output_head(setup.unwrap(model, "model"), "model")
         for name, other in (("ref_model", ref_model), ("value_model", value_model)):
             if other is not None:
@@ -74,14 +79,14 @@ class Policy:
         # what is refused has been: from here on the models are changed
         self.actor = PackedModel(model, train_layers=train_layers, **options)
         self.reference: PackedModel | None = None
-        if reference == "copy":
-            self.reference = self.actor.frozen_copy("reference")
-        elif reference == "adapter":
-            self.reference = self.actor.without_adapter()
-        elif reference == "model":
+        if ref_model is not None:
             self.reference = PackedModel(
                 ref_model.requires_grad_(False), name="ref_model", precision=precision
             )
+        elif reference == "copy":
+            self.reference = self.actor.frozen_copy("reference")
+        elif reference == "adapter":
+            self.reference = self.actor.without_adapter()
         self.critic: PackedModel | None = None
         """Of a trunk of its own."""
         self.value_head: ValueHead | None = None
@@ -219,32 +224,3 @@ def _check_companion(name: str, companion: Any, model: Any, vocabulary: int) -> 
             f"{name}: expected the vocabulary of model, {vocabulary} tokens, got {size}. Both must "
             "use the same tokenizer"
         )
-
-
-def _check_roles(
-    critic: str, value_model: Any, reference: str, ref_model: Any, precision: str, model: Any
-) -> None:
-    """Check the arguments of Policy against each other.
-
-    Raises:
-        ValueError: an unknown choice, or a model that the choice does not use or lacks.
-    """
-    _check_choice("critic", critic, ("shared", "separate", "none"))
-    _check_choice("reference", reference, ("copy", "adapter", "model", "none"))
-    _check_choice("precision", precision, ("fp32", "bf16"))
-    if value_model is not None and critic != "separate":
-        raise ValueError(
-            f"value_model: expected None with critic = {critic!r}, got a model. Use 'separate'"
-        )
-    if (ref_model is not None) != (reference == "model"):
-        raise ValueError(
-            "ref_model: expected a model exactly with reference = 'model', got "
-            f"{'a model' if ref_model is not None else 'none'} with reference = {reference!r}"
-        )
-    if reference == "adapter" and not setup.is_peft(model):
-        raise ValueError("reference: 'adapter' needs a PEFT model, got a plain one. Use 'copy'")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -31,7 +31,7 @@ from fastppo.rewards import RewardBatch, RewardFailure
 from fastppo.rollout.engine import Rollouts
 from fastppo.training.errors import ForeignStateError
 from fastppo.training.metrics import from_json, to_json
-from fastppo.training.run import State
+from fastppo.training.trainer import State
 
 Tensors = dict[str, Tensor]
 
@@ -126,21 +126,21 @@ def load_step(
             nothing has been changed then.
     """
     current = step_tensors(step)
-    for saved, own in ((policy, current["policy"]), (optimizer, current["optimizer"])):
-        for name in sorted(saved.keys() ^ own.keys()):
+    saved, own = policy | optimizer, current["policy"] | current["optimizer"]
+    for name in saved | own:
+        if name not in saved or name not in own:
             where = "only in the checkpoint" if name in saved else "not in the checkpoint"
             raise ForeignStateError(f"the trained parameters differ: {name} is {where}")
-        for name, value in own.items():
-            got = saved[name]
-            if got.shape != value.shape or got.dtype != value.dtype:
-                raise ForeignStateError(
-                    f"{name} is {tuple(got.shape)} {got.dtype}, expected {tuple(value.shape)} "
-                    f"{value.dtype}"
-                )
+    for name, value in own.items():
+        got = saved[name]
+        if got.shape != value.shape or got.dtype != value.dtype:
+            raise ForeignStateError(
+                f"{name} is {tuple(got.shape)} {got.dtype}, expected {tuple(value.shape)} "
+                f"{value.dtype}"
+            )
     with torch.no_grad():
-        for saved, own in ((policy, current["policy"]), (optimizer, current["optimizer"])):
-            for name, value in own.items():
-                value.copy_(saved[name])
+        for name, value in own.items():
+            value.copy_(saved[name])
     for name in _COUNTERS:
         setattr(step, name, counters[name])
     step.progress = None

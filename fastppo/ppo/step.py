@@ -82,7 +82,7 @@ class PPOStep:
             model,
             critic=config.critic_kind,
             value_model=value_model,
-            reference=_reference(config, model, ref_model),
+            reference=_reference(config, model),
             ref_model=ref_model,
             train_layers=config.train_layers,
             precision=self.precision,
@@ -97,7 +97,6 @@ class PPOStep:
         """The KL weight in force; it moves where `kl_target` is set."""
         self.nonfinite_in_a_row = 0
         """Skipped optimiser steps at the end of the latest update."""
-        self._nonfinite = torch.zeros((), device=self.device)  # the same, up to the latest step
         self.token_budget = config.token_budget
         """Most tokens in one pass; halved where that was more than the memory holds."""
         self.progress: UpdateProgress | None = None
@@ -166,6 +165,7 @@ class PPOStep:
 
     # Advantages
 
+    @retried
     def advantages(
         self,
         batch: PackedBatch,
@@ -188,10 +188,7 @@ class PPOStep:
         """
         _need(batch, "old_logprobs", "step.evaluate")
         with record_function("fastppo::advantages"):
-            batch = retried(
-                lambda: add_advantages(batch, scores, group_ids, self.config, self.kl_coef),
-                self.device,
-            )
+            batch = add_advantages(batch, scores, group_ids, self.config, self.kl_coef)
             _ = batch.valid_lengths, batch.active_lengths  # read here, once, not in the update
             return batch
 
@@ -223,13 +220,7 @@ class PPOStep:
         progress = self.progress = self.progress or UpdateProgress()
         try:
             self._train(batch, progress)
-            has_critic = self.critic_optimizer is not None
-            metrics, skipped = retried(
-                lambda: update_metrics.read(
-                    batch, progress.steps, epochs=progress.epoch, has_critic=has_critic
-                ),
-                self.device,
-            )
+            metrics, skipped = self._read_metrics(batch, progress)
             self._count_nonfinite(
                 skipped, progress, min(config.num_minibatches, batch.num_sequences)
             )
@@ -252,9 +243,6 @@ class PPOStep:
     def _train(self, batch: PackedBatch, progress: UpdateProgress) -> None:
         """What is left of the update, one optimiser step at a time."""
         config = self.config
-        self._nonfinite = torch.full((), float(self.nonfinite_in_a_row), device=self.device)
-        for step in progress.steps:
-            self._nonfinite = (self._nonfinite + 1) * step.skipped
         while progress.epoch < config.update_epochs:
             minibatches = self._minibatches(batch, progress.epoch)
             if progress.epoch and not progress.minibatch and config.target_kl is not None:
@@ -266,6 +254,16 @@ class PPOStep:
                 progress.minibatch += 1
             progress.epoch, progress.minibatch = progress.epoch + 1, 0
 
+    @retried
+    def _read_metrics(
+        self, batch: PackedBatch, progress: UpdateProgress
+    ) -> tuple[dict[str, float], list[int]]:
+        has_critic = self.critic_optimizer is not None
+        return update_metrics.read(
+            batch, progress.steps, epochs=progress.epoch, has_critic=has_critic
+        )
+
+    @retried
     def _minibatches(self, batch: PackedBatch, epoch: int) -> list[PackedBatch]:
         """A fresh permutation in every epoch, cut into `num_minibatches` parts of whole sequences.
 
@@ -277,16 +275,15 @@ class PPOStep:
             return [batch]
         rng = generator(self.config.seed, self.iteration, f"minibatches/{epoch}")
         order = torch.randperm(size, generator=rng).numpy()
-        cut = np.array_split(order, min(parts, size))
-        return retried(lambda: [batch.select(part) for part in cut], self.device)
+        return [batch.select(part) for part in np.array_split(order, min(parts, size))]
 
     def _train_minibatch(self, batch: PackedBatch) -> StepStats:
         """One optimiser step of actor and critic, or of neither."""
         policy, value_loss, norms = self._within_memory(batch, lambda: self.gradients(batch))
         with record_function("fastppo::optimiser"):
-            empty = not batch.valid_lengths.any()
-            return retried(lambda: self._apply(policy, value_loss, norms, empty), self.device)
+            return self._apply(policy, value_loss, norms, not batch.valid_lengths.any())
 
+    @retried
     def _apply(
         self, policy: Tensor, value_loss: Tensor, norms: list[Tensor], empty: bool
     ) -> StepStats:
@@ -298,21 +295,26 @@ class PPOStep:
         """
         losses = policy[ops.PPO_METRIC_NAMES.index("policy_loss")] + value_loss
         bad = ~torch.stack([losses, *norms]).isfinite().all()
-        stopped = self._nonfinite >= self.config.max_nonfinite_steps
-        count = torch.where(stopped, self._nonfinite, (self._nonfinite + 1) * bad)
-        skip = bad | stopped
-        stats = self.stats(policy, value_loss, norms, skip)
-        apply_step(self._stepped(), norms, self.config.max_grad_norm, skip | empty)
-        self._nonfinite = count
+        before = self._skipped_before()
+        stopped = before >= self.config.max_nonfinite_steps
+        skipped = torch.where(stopped, before, (before + 1) * bad)
+        stats = self.stats(policy, value_loss, norms, skipped)
+        apply_step(self._stepped(), norms, self.config.max_grad_norm, (skipped > 0) | empty)
         return stats
 
+    def _skipped_before(self) -> Tensor:
+        """() fp32, how many of the latest optimiser steps, in a row, were skipped."""
+        if self.progress and self.progress.steps:
+            return self.progress.steps[-1].skipped
+        return torch.full((), float(self.nonfinite_in_a_row), device=self.device)
+
     def stats(
-        self, policy: Tensor, value_loss: Tensor, norms: list[Tensor], skip: Tensor
+        self, policy: Tensor, value_loss: Tensor, norms: list[Tensor], skipped: Tensor
     ) -> StepStats:
-        """What `gradients` returned, and () bool whether the step was skipped, by name."""
+        """What `gradients` returned, and how many steps in a row were skipped, by name."""
         zero = torch.zeros((), device=self.device)
         both = norms if self._trains_actor else [zero, *norms]
-        return StepStats(policy, value_loss, both[0], (*both[1:], zero)[0], skip.float())
+        return StepStats(policy, value_loss, both[0], (*both[1:], zero)[0], skipped)
 
     @property
     def _trains_actor(self) -> bool:
@@ -435,19 +437,19 @@ class PPOStep:
         return actor.metrics, value_loss
 
     def _count_nonfinite(
-        self, skipped: list[bool], progress: UpdateProgress, num_minibatches: int
+        self, skipped: list[int], progress: UpdateProgress, num_minibatches: int
     ) -> None:
         limit = self.config.max_nonfinite_steps
-        for index, flag in enumerate(skipped):
-            if flag and self.nonfinite_in_a_row + 1 == limit:
-                raise NonFiniteError(
-                    f"{limit} optimiser steps in a row had a loss or a gradient that is not finite "
-                    f"(max_nonfinite_steps = {limit}); they changed no parameter. Lower "
-                    "learning_rate, or set precision = 'fp32'",
-                    UpdateProgress(*divmod(index, num_minibatches), progress.steps[:index]),
-                    progress.steps[index],
-                )
-            self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if flag else 0
+        if max(skipped) >= limit:
+            index = next(i for i, count in enumerate(skipped) if count >= limit)
+            raise NonFiniteError(
+                f"{limit} optimiser steps in a row had a loss or a gradient that is not finite "
+                f"(max_nonfinite_steps = {limit}); they changed no parameter. Lower "
+                "learning_rate, or set precision = 'fp32'",
+                UpdateProgress(*divmod(index, num_minibatches), progress.steps[:index]),
+                progress.steps[index],
+            )
+        self.nonfinite_in_a_row = skipped[-1]
 
     def _adapt_kl(self, kl_sequence: float, episodes: int) -> None:
         """Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), §2.2: KL summed per sequence."""
@@ -456,11 +458,7 @@ class PPOStep:
             self.kl_coef *= 1.0 + error * episodes / self.config.kl_horizon
 
 
-def _reference(
-    config: KLConfig, model: Any, ref_model: Any
-) -> Literal["copy", "adapter", "model", "none"]:
-    if ref_model is not None:
-        return "model"
+def _reference(config: KLConfig, model: Any) -> Literal["copy", "adapter", "none"]:
     if config.reference != "auto":
         return config.reference
     if config.kl_coef == 0:

@@ -17,18 +17,12 @@ import numpy as np
 
 from fastppo.checkpoint import Checkpoint, save_model
 from fastppo.data.prompts import PromptBatch, decode
-from fastppo.models.loading import (
-    eos_token_ids,
-    load_config,
-    load_model,
-    load_tokenizer,
-    load_value_model,
-    with_adapter,
-)
+from fastppo.models.loading import eos_token_ids, load_config, load_tokenizer
 from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.inputs import make_inputs
+from fastppo.ppo.models import load_models
 from fastppo.ppo.rollout_metrics import check_scored, evaluation, sample_rows, score_metrics
 from fastppo.ppo.state import Iteration, frozen_digest, load_trainer_state, place, trainer_state
 from fastppo.ppo.step import PPOStep
@@ -39,8 +33,9 @@ from fastppo.training.device import describe
 from fastppo.training.errors import NonFiniteError
 from fastppo.training.memory import retried
 from fastppo.training.metrics import PhaseTimer
-from fastppo.training.run import Notice, Row, Run, Sample, State
+from fastppo.training.run import Run
 from fastppo.training.seeding import batch_indices, derive_seed
+from fastppo.training.trainer import Notice, Row, Sample, State
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -120,16 +115,15 @@ class PPOTrainer:
             self.run.opened.notes.append(left_out)
         with self.run.released_on_error():
             self.rewards.load_models()
-            loaded: Any = load_model(model) if isinstance(model, str) else model
-            if peft_config is not None:
-                seed = derive_seed(args.seed, 0, "adapter")
-                loaded = with_adapter(loaded, peft_config, seed)
-            if isinstance(ref_model, str):
-                ref_model = load_model(ref_model, "ref_model")
-            if isinstance(value_model, str):
-                value_model = load_value_model(value_model)
+            loaded, others = load_models(
+                args.seed,
+                model,
+                ref_model=ref_model,
+                value_model=value_model,
+                peft_config=peft_config,
+            )
             self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
-            self.step = PPOStep(loaded, args, ref_model=ref_model, value_model=value_model)
+            self.step = PPOStep(loaded, args, **others)
             self.rewards.check_apart(self.step.trained())
         self.policy, self.device = self.step.policy, self.step.device
         self.run_dir = self.run.run_dir
@@ -252,16 +246,14 @@ class PPOTrainer:
         ids = [ids.tolist() for ids in rollouts.responses]
         return self.rewards(drawn.prompts, completions, drawn.columns, ids)
 
+    @retried
     def _packed(self, drawn: PromptBatch, rollouts: Rollouts) -> PackedBatch:
-        return retried(
-            lambda: PackedBatch.pack(
-                drawn.ids,
-                rollouts.responses,
-                rollout_logprobs=rollouts.logprobs,
-                truncated=rollouts.truncated,
-                device=self.device,
-            ),
-            self.device,
+        return PackedBatch.pack(
+            drawn.ids,
+            rollouts.responses,
+            rollout_logprobs=rollouts.logprobs,
+            truncated=rollouts.truncated,
+            device=self.device,
         )
 
     # What a run asks for
@@ -276,8 +268,7 @@ class PPOTrainer:
         if self.step.token_budget < self.token_budget_shown:
             self.token_budget_shown = self.step.token_budget
             yield Notice(f"out of memory: token_budget is {self.token_budget_shown} from now on")
-        for alarm in self.alarms.check(row):
-            yield Notice(alarm.message, keep=alarm.name)
+        yield from self.alarms.check(row)
 
     def next_iteration(self) -> None:
         """Forget the iteration that is done."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +25,13 @@ class StepStats(NamedTuple):
     value_loss: Tensor  # () fp32
     actor_norm: Tensor  # () fp32, gradient norm before clipping
     critic_norm: Tensor  # () fp32
-    skipped: Tensor  # () fp32, 1 where the loss or a gradient was not finite
+    skipped: Tensor  # () fp32, how many steps in a row up to this one were skipped; 0: it was not
 
 
 def read(
     batch: PackedBatch, steps: list[StepStats], *, epochs: int, has_critic: bool
-) -> tuple[dict[str, float], list[bool]]:
-    """CleanRL's metrics over all optimiser steps, and which of the steps were skipped.
+) -> tuple[dict[str, float], list[int]]:
+    """CleanRL's metrics over all optimiser steps, and `skipped` of each.
 
     Args:
         batch: the rollout batch.
@@ -59,8 +60,8 @@ def read(
     if not metrics["num_tokens"]:  # of nothing there is no mean
         known = ("num_tokens", "policy_loss", "kl_loss", "entropy")
         metrics |= {name: math.nan for name in reduced if name not in known}
-    skipped = [bool(flag) for flag in host[len(scalars) :]]
-    metrics["nonfinite_steps"] = float(sum(skipped))
+    skipped = [int(count) for count in host[len(scalars) :]]
+    metrics["nonfinite_steps"] = float(np.count_nonzero(skipped))
     return metrics, skipped
 
 

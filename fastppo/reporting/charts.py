@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fastppo.reporting.formatting import Value, finite
+from fastppo.reporting.formatting import Value, finite, numbers
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _BLOCKS_ASCII = "_.:-=+*#"
@@ -49,7 +49,7 @@ def resample(values: Sequence[Value], width: int) -> list[float | None]:
     number).
     """
     if len(values) <= width:
-        return [float(v) if v is not None and math.isfinite(v) else None for v in values]
+        return numbers(values)
     out: list[float | None] = []
     for i in range(width):
         part = finite(values[i * len(values) // width : (i + 1) * len(values) // width])
@@ -67,10 +67,9 @@ def typical_range(values: Sequence[float]) -> tuple[float, float]:
     n = len(ordered)
     q1, q3 = ordered[n // 4], ordered[(3 * n) // 4]
     fence = 6 * (q3 - q1)
-    near = (
-        [v for v in ordered if q1 - fence <= v <= q3 + fence] if fence > 0 and n >= 4 else ordered
-    )
-    return near[0], near[-1]
+    if fence > 0 and n >= 4:
+        ordered = [v for v in ordered if q1 - fence <= v <= q3 + fence]
+    return ordered[0], ordered[-1]
 
 
 def downsample(
@@ -129,33 +128,27 @@ def sparkline(values: Sequence[Value], width: int, *, ascii_only: bool = False) 
     )
 
 
-def plot_ascii(
-    values: Sequence[Value], width: int, height: int, *, first: int = 1, span: int | None = None
+def plot(
+    values: Sequence[Value],
+    width: int,
+    height: int,
+    *,
+    first: int = 1,
+    span: int | None = None,
+    braille: bool = False,
 ) -> str:
-    """A curve with labelled axes in plain ASCII.
+    """A curve with labelled axes, in plain ASCII.
 
     Args:
         values: one value an iteration.
         width, height: size of the whole plot in characters, labels included (at least 16 × 5).
         first: iteration number of values[0].
         span: iterations the x axis covers (at least len(values)); the curve grows into it.
+        braille: draw with 2 × 4 braille dots a character and line-drawing axes.
 
     Returns:
         `height` lines without trailing spaces, none longer than `width`.
     """
-    return _plot(values, width, height, first, span, braille=False)
-
-
-def plot_braille(
-    values: Sequence[Value], width: int, height: int, *, first: int = 1, span: int | None = None
-) -> str:
-    """As `plot_ascii`, with 2 × 4 braille dots a character and line-drawing axes."""
-    return _plot(values, width, height, first, span, braille=True)
-
-
-def _plot(
-    values: Sequence[Value], width: int, height: int, first: int, span: int | None, *, braille: bool
-) -> str:
     if width < 16 or height < 5:
         raise ValueError(f"width and height must be at least 16 and 5, got {width} and {height}")
     known = finite(values)
@@ -204,9 +197,8 @@ def _trace(
     values: Sequence[Value], span: int, columns: int, rows: int, low: float, high: float
 ) -> set[tuple[int, int]]:
     """Dots (column, row) of the polyline through `values` on a columns × rows raster."""
-    used = max(
-        1, round(columns * len(values) / span)
-    )  # the curve so far takes this much of the axis
+    # The curve so far takes this much of the axis.
+    used = max(1, round(columns * len(values) / span))
     points = resample(values, used)
     dots: set[tuple[int, int]] = set()
     previous: tuple[int, int] | None = None
@@ -229,12 +221,8 @@ def _trace(
     return dots
 
 
-_BRAILLE_BITS = (
-    (0x01, 0x08),
-    (0x02, 0x10),
-    (0x04, 0x20),
-    (0x40, 0x80),
-)  # Unicode 2800: dot of (row, column)
+# Unicode 2800: dot of (row, column)
+_BRAILLE_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 
 def _cell(dots: set[tuple[int, int]], column: int, row: int) -> str:

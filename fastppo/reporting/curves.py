@@ -17,7 +17,7 @@ from fastppo.reporting.charts import (
     nice_ticks,
     typical_range,
 )
-from fastppo.reporting.formatting import Value, finite
+from fastppo.reporting.formatting import Value, finite, numbers
 
 _SMALL = (
     # (row key, name, unit)
@@ -137,7 +137,7 @@ def reward_curve(
     if not known:
         return None
     iterations = [int(row["iteration"]) for row in rows]
-    points = downsample(list(zip(iterations, _known(rewards), strict=True)), _HERO_BUCKETS)
+    points = downsample(list(zip(iterations, numbers(rewards), strict=True)), _HERO_BUCKETS)
     smooth, window = smoothed(rewards)
     values = [*known, *(y for _, y in evals)]
     ticks = nice_ticks(min(values), max(values), 6)
@@ -162,19 +162,16 @@ def reward_curve(
 def small_curves(rows: Sequence[Mapping[str, Any]], curves: Curves) -> list[Curve]:
     """Curves of the other metrics; one that was never recorded is left out."""
     functions = sorted({key for row in rows for key in row if key.startswith("reward/")})
-    names = [
-        (key, key.removeprefix("reward/"), "reward function")
-        for key in functions
-        if len(functions) > 1
-    ]
-    found = [_small(key, name, unit, rows, curves) for key, name, unit in (*names, *_SMALL)]
+    names = [(key, key.removeprefix("reward/"), "reward function") for key in functions]
+    shown = (*names, *_SMALL) if len(names) > 1 else _SMALL
+    found = [_small(key, name, unit, rows, curves) for key, name, unit in shown]
     return [curve for curve in found if curve is not None]
 
 
 def _small(
     key: str, name: str, unit: str, rows: Sequence[Mapping[str, Any]], curves: Curves
 ) -> Curve | None:
-    values = _known([row.get(key) for row in rows])
+    values = numbers([row.get(key) for row in rows])
     known = finite(values)
     if not known or (key == "kl_coef" and min(known) == max(known)):
         return None
@@ -204,10 +201,6 @@ def _heights(ticks: Sequence[float]) -> list[tuple[str, str]]:
         (f"{100 * (high - t) / (high - low):.2f}", label)
         for t, label in zip(ticks, format_ticks(ticks), strict=True)
     ]
-
-
-def _known(values: Sequence[Value]) -> list[float | None]:
-    return [float(v) if finite([v]) and v is not None else None for v in values]
 
 
 def _rounded(value: float) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich import box
@@ -19,7 +18,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fastppo.reporting.charts import plot_ascii
 from fastppo.reporting.formatting import (
     Value,
     evaluation_figure,
@@ -32,8 +30,6 @@ from fastppo.reporting.formatting import (
     visible,
 )
 from fastppo.reporting.panel import MAX_WIDTH, RunPanel
-
-__all__ = ["Display", "plot_ascii"]
 
 
 class Display:
@@ -60,12 +56,7 @@ class Display:
             self._live.start(refresh=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._live is not None:
             self._live.stop()
 

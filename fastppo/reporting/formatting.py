@@ -14,9 +14,14 @@ PHASES = ("rollout", "reward", "pack", "evaluate", "advantages", "update")
 """The trainer's phases in the order they are drawn; others follow in the order they appear."""
 
 
+def numbers(values: Iterable[Value]) -> list[float | None]:
+    """`values`, with None for each that is missing."""
+    return [float(v) if v is not None and math.isfinite(v) else None for v in values]
+
+
 def finite(values: Iterable[Value]) -> list[float]:
     """The finite numbers among `values`."""
-    return [float(v) for v in values if v is not None and math.isfinite(v)]
+    return [v for v in numbers(values) if v is not None]
 
 
 def format_number(value: Value) -> str:
@@ -96,11 +101,8 @@ def first_and_last(rewards: Sequence[Value]) -> tuple[float | None, float | None
     if not values:
         return None, None, "no reward yet"
     if len(values) < 8:
-        return (
-            values[0],
-            values[-1],
-            "first and last iteration" if len(values) > 1 else "one iteration",
-        )
+        meaning = "first and last iteration" if len(values) > 1 else "one iteration"
+        return values[0], values[-1], meaning
     return sum(values[:3]) / 3, sum(values[-5:]) / 5, "mean of the first 3 and last 5 iterations"
 
 

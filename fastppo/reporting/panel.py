@@ -14,7 +14,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.panel import Panel
 from rich.text import Text
 
-from fastppo.reporting.charts import plot_ascii, plot_braille, sparkline
+from fastppo.reporting.charts import plot, sparkline
 from fastppo.reporting.formatting import (
     Value,
     finite,
@@ -97,9 +97,9 @@ class RunPanel:
         """The reward curve over `span` iterations (all so far by default); `plain` draws it in
         ASCII.
         """
-        plot = plot_ascii if plain or self.ascii_only else plot_braille
         rewards = [row.get("reward") for row in self.rows]
-        drawn = plot(rewards, width, height, first=self._first(), span=span)
+        braille = not (plain or self.ascii_only)
+        drawn = plot(rewards, width, height, first=self._first(), span=span, braille=braille)
         return Text(drawn, style=ACCENT, no_wrap=True, overflow="crop")
 
     def plain_line(self) -> str:

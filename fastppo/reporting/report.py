@@ -11,15 +11,18 @@ base.html and page.html.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fastppo.reporting.curves import Curves, reward_curve, small_curves, smoothed
 from fastppo.reporting.formatting import finite
 from fastppo.reporting.markup import write_page
 from fastppo.reporting.sections import configuration, figures, phases, samples
+
+_SAMPLED, _HELD_OUT = "#2a5db0", "#c4561a"
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -39,7 +42,7 @@ def write_report(run_dir: str | Path) -> Path:
     curves = Curves([int(row["iteration"]) for row in rows] + [x for x, _ in evals])
     reward = reward_curve(rows, evals, curves)
     multiples = small_curves(rows, curves)
-    path = run_dir / "report.html"
+    path, texts = run_dir / "report.html", run_dir / "samples.jsonl"
     write_page(
         path,
         "reporting/page.html",
@@ -50,7 +53,7 @@ def write_report(run_dir: str | Path) -> Path:
         reward=reward,
         multiples=multiples,
         phases=phases(rows),
-        samples=_samples(run_dir / "samples.jsonl"),
+        samples=samples(lambda: read_lines(texts)) if texts.exists() else {},
         config=configuration(config),
         data=curves.data(evals),
     )
@@ -63,39 +66,24 @@ def write_curve_png(run_dir: str | Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: as `write_report`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     run_dir = Path(run_dir)
     rows = _metrics(run_dir)
     evals = _evaluations(rows, _optional(run_dir / "summary.json"))
     figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     x = [row["iteration"] for row in rows]
     rewards = [row.get("reward") for row in rows]
-    y = [math.nan if value is None else value for value in rewards]
-    smooth = smoothed(rewards)[0]
-    axes.plot(
-        x,
-        y,
-        color="#2a5db0",
-        alpha=0.35 if smooth else 1.0,
-        linewidth=1,
-        marker="." if len(x) < 2 else "",
-    )
-    if smooth:
-        axes.plot(
-            x,
-            [math.nan if v is None else v for v in smooth],
-            color="#2a5db0",
-            linewidth=1.8,
-            label="sampled",
-        )
+    smooth = np.array(smoothed(rewards)[0], dtype=float)  # NaN where a value is missing
+    alpha, marker = 0.35 if len(smooth) else 1.0, "." if len(x) < 2 else ""
+    y = np.array(rewards, dtype=float)
+    axes.plot(x, y, color=_SAMPLED, alpha=alpha, linewidth=1, marker=marker)
+    if len(smooth):
+        axes.plot(x, smooth, color=_SAMPLED, linewidth=1.8, label="sampled")
     if evals:
-        axes.plot(
-            *zip(*evals, strict=True), "o", color="#c4561a", markersize=5, label="held out, greedy"
-        )
+        at, held_out = zip(*evals, strict=True)
+        axes.plot(at, held_out, "o", color=_HELD_OUT, markersize=5, label="held out, greedy")
         axes.legend(frameon=False)
     axes.set_xlabel("iteration")
     axes.set_ylabel("reward")
@@ -119,10 +107,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}: line {number} must be a JSON object, got {line[:80]!r}"
-                ) from error
+            except json.JSONDecodeError:
+                row = None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}: line {number} must be a JSON object, got {line[:80]!r}")
             yield row
@@ -152,16 +138,9 @@ def _evaluations(
     """
     found = {int(r["iteration"]): r["eval_reward"] for r in rows if finite([r.get("eval_reward")])}
     if rows:
-        ends = (
-            (int(rows[0]["iteration"]) - 1, "eval_before"),
-            (int(rows[-1]["iteration"]), "eval_after"),
-        )
-        for iteration, key in ends:
+        first, last = int(rows[0]["iteration"]), int(rows[-1]["iteration"])
+        for iteration, key in ((first - 1, "eval_before"), (last, "eval_after")):
             value = (summary.get(key) or {}).get("reward")
             if finite([value]):
                 found.setdefault(iteration, value)
     return sorted(found.items())
-
-
-def _samples(path: Path) -> dict[int, list[dict[str, Any]]]:
-    return samples(lambda: read_lines(path)) if path.exists() else {}

@@ -14,11 +14,7 @@ import numpy as np
 import torch
 
 from fastppo.rewards.calls import call_functions
-from fastppo.rewards.failures import (
-    FailureWindow,
-    Losses,
-    RewardFailure,
-)
+from fastppo.rewards.failures import FailureWindow, Losses, RewardFailure
 from fastppo.rewards.functions import BoundFunction, RewardFunction
 from fastppo.rewards.limits import RewardLimits
 from fastppo.rewards.model import RewardModel

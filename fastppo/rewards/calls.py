@@ -45,16 +45,16 @@ def call_functions(
     """
     size = len(provided["prompts"])
     results = []
-    here: list[tuple[Task, BoundFunction]] = []
-    pooled: list[tuple[Task, BoundFunction]] = []
+    here: list[Task] = []
+    pooled: list[Task] = []
     for function in functions:
         scores = np.full(size, np.nan, dtype=np.float32)
         results.append(scores)
         in_worker = CAN_FORK and limits.workers > 0 and function.model is None
         parts = limits.workers if in_worker and function.declared.per_sample else 1
         for rows in _split(size, parts):
-            task = Task(function.name, function.declared, rows, scores, losses, limits.timeout)
-            (pooled if in_worker else here).append((task, function))
+            task = Task(function, rows, scores, losses, limits.timeout)
+            (pooled if in_worker else here).append(task)
     with pool.batch(pooled, provided) as batch:
         inline.run(here, provided, between=batch.look)
         batch.finish()

@@ -20,9 +20,9 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, MutableSequence
+from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -53,9 +53,9 @@ class Setting:
 def serve(call: Callable[..., Any], setting: Setting) -> None:
     """Answers requests until the parent closes the connection or dies; never returns."""
     _settle(setting)
-    loop = asyncio.new_event_loop()
+    loop, requests = asyncio.new_event_loop(), setting.connection.makefile("rb")
     with contextlib.suppress(ConnectionError):
-        while request := _receive(setting.connection):
+        while request := _receive(requests):
             setting.note[READING] = NO_ROW
             setting.note[TAKEN] += 1
             reply = _reply(call, request, setting, loop)
@@ -102,19 +102,13 @@ def _limit_memory(gib: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _receive(connection: socket.socket) -> bytes | None:
-    header = connection.recv(LENGTH.size, socket.MSG_WAITALL)
+def _receive(requests: BinaryIO) -> bytes | None:
+    header = requests.read(LENGTH.size)
     if len(header) < LENGTH.size:
         return None
     (size,) = LENGTH.unpack(header)
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = connection.recv_into(view)
-        if not count:
-            return None
-        view = view[count:]
-    return bytes(data)
+    data = requests.read(size)
+    return data if len(data) == size else None
 
 
 def _reply(
@@ -130,16 +124,12 @@ def _reply(
             **{name: WatchedList(values, setting.note) for name, values in arguments.items()}
         )
         if inspect.isawaitable(result):
-            result = loop.run_until_complete(_wait_for(result))
+            result = loop.run_until_complete(result)
         outcome = checked(result, expected)
     except BaseException as error:  # sys.exit() too: only the parent ends this process
         outcome = failed(error, suspect_of(setting.note))
         text = _traceback(error)
     return pickle.dumps((_explained(outcome, setting.memory_gb), text))
-
-
-async def _wait_for(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
 
 
 def _explained(outcome: Outcome, memory_gb: float) -> Outcome:

@@ -14,7 +14,6 @@ import http.client
 import ipaddress
 import json
 import os
-import random
 import re
 import socket
 import ssl
@@ -27,14 +26,12 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from fastppo.rewards.failures import RewardUnavailableError
-from fastppo.rewards.limits import declare
+from fastppo.rewards.limits import backoff, declare
 
 _UNAVAILABLE = (429, 502, 503, 504)
 _PAUSE = 0.25  # seconds before the first retry; doubles with each
 _TOKEN = re.compile(r"[\x21-\x7e]+")  # what a header can hold
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?|[0-9a-f:.]+")
-
-_jitter = random.Random()  # not the shared generator, whose state may be a run's
 
 
 class CircuitBreaker:
@@ -174,7 +171,7 @@ class HTTPReward:
                 return None, self._attempt(body, headers, ends)
             except _AttemptError as error:
                 failure = error
-            pause = _PAUSE * 2**attempt * _jitter.uniform(0.5, 1.0)
+            pause = backoff(_PAUSE, 1 + attempt)
             if not failure.retry or time.monotonic() + pause >= ends:
                 break
             if attempt < self.retries:

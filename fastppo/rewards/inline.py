@@ -7,7 +7,7 @@ import inspect
 import threading
 import time
 from array import array
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
@@ -20,7 +20,7 @@ _TICK = 0.1  # seconds between two looks for a signal
 
 
 def run(
-    work: Sequence[tuple[Task, BoundFunction]],
+    tasks: Sequence[Task],
     provided: Mapping[str, Sequence[Any]],
     between: Callable[[], None],
 ) -> None:
@@ -31,36 +31,36 @@ def run(
     meanwhile, in order, in the caller's thread.
 
     Args:
-        work: tasks and their functions.
+        tasks: what is to be done.
         provided: the columns of the batch.
         between: called between two calls, to look after other work.
 
     Raises:
         RewardError: more samples are lost than the run accepts.
     """
-    waiting: dict[Future[Outcome], tuple[Task, BoundFunction]] = {}
+    waiting: dict[Future[Outcome], Task] = {}
 
-    def proceed(task: Task, function: BoundFunction) -> None:
+    def proceed(task: Task) -> None:
         while call := task.call:
-            outcome = _call(function, call, provided)
+            outcome = _call(task.function, call, provided)
             if isinstance(outcome, Future):
-                waiting[outcome] = (task, function)
+                waiting[outcome] = task
                 return
             between()
             task.advance(outcome)
 
     try:
         # Coroutine functions first, so that they are under way while the others compute.
-        for task, function in sorted(work, key=lambda pair: not _is_async(pair[1].call)):
-            proceed(task, function)
+        for task in sorted(tasks, key=lambda task: not _is_async(task.function.call)):
+            proceed(task)
         while waiting:
             done, _ = wait(waiting, _TICK, FIRST_COMPLETED)
             interrupts.check()
             between()
             for future in done:
-                task, function = waiting.pop(future)
+                task = waiting.pop(future)
                 task.advance(future.result())
-                proceed(task, function)
+                proceed(task)
     finally:
         for future in waiting:
             future.cancel()
@@ -79,7 +79,8 @@ def _call(
     try:
         result = function.call(**watched)
         if inspect.isawaitable(result):
-            return _loop().submit(_outcome(result, note, len(call.rows)))
+            awaited = _outcome(result, note, len(call.rows))
+            return asyncio.run_coroutine_threadsafe(awaited, _loop())
         return checked(result, len(call.rows))
     except (Exception, SystemExit) as error:
         if isinstance(error, interrupts.Interrupted):
@@ -100,32 +101,21 @@ def _is_async(func: Callable[..., Any]) -> bool:
     )
 
 
-class _Loop:
-    """An event loop on a daemon thread.
+_running: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
+_starting = threading.Lock()
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    """An event loop on a daemon thread; a new one after a fork, whose child has no threads.
 
     One for the whole process, kept between batches, so that a client which a reward function opened
     (and bound to the loop) on the first batch still works on the next.
     """
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(
-            target=self._loop.run_forever, name="fastppo-rewards", daemon=True
-        )
-        self.thread.start()
-
-    def submit(self, coroutine: Coroutine[Any, Any, Outcome]) -> Future[Outcome]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-
-_running_loop: _Loop | None = None
-_starting = threading.Lock()
-
-
-def _loop() -> _Loop:
-    """The process's loop; a new one after a fork, whose child has no threads."""
-    global _running_loop
+    global _running
     with _starting:
-        if _running_loop is None or not _running_loop.thread.is_alive():
-            _running_loop = _Loop()
-        return _running_loop
+        if _running is None or not _running[1].is_alive():
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=loop.run_forever, name="fastppo-rewards", daemon=True)
+            thread.start()
+            _running = loop, thread
+        return _running[0]

@@ -14,7 +14,6 @@ the same time all follow the same rules:
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -22,13 +21,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastppo.rewards.failures import Losses
-from fastppo.rewards.limits import Declaration
+from fastppo.rewards.functions import BoundFunction
+from fastppo.rewards.limits import backoff
 from fastppo.rewards.outcome import Outcome, Problem
 
 _SEARCH_LIMITS = 5  # time limits that searching a batch may take
 _PAUSE = 0.1  # seconds before the first retry; doubles with each
-
-_jitter = random.Random()  # not the shared generator, whose state may be a run's
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,7 @@ class Task:
     """One function's way through its rows of a batch.
 
     Args:
-        name: of the function.
-        declared: what its calls may do.
+        function: what is called.
         rows: of the batch, which this task scores.
         scores: (B,) float32, where the scores of `rows` are written.
         losses: told of every sample that is lost.
@@ -53,15 +50,14 @@ class Task:
 
     def __init__(
         self,
-        name: str,
-        declared: Declaration,
+        function: BoundFunction,
         rows: Sequence[int],
         scores: np.ndarray,
         losses: Losses,
         timeout: float,
     ) -> None:
-        self._name = name
-        self._declared = declared
+        self.function = function
+        self._declared = function.declared
         self._scores = scores
         self._losses = losses
         self._search_seconds = _SEARCH_LIMITS * timeout
@@ -83,7 +79,7 @@ class Task:
     def _score(self, rows: list[int]) -> Generator[Call, Outcome, None]:
         tries = 0
         while rows:
-            outcome = yield Call(rows, _pause(tries))
+            outcome = yield Call(rows, backoff(_PAUSE, tries))
             failure = outcome.failure
             if failure is None:
                 yield from self._accept(rows, outcome)
@@ -120,7 +116,7 @@ class Task:
         outcome = None
         for attempt in range(tries):
             retry = 1 + attempt if self._declared.retries else 0
-            outcome = yield Call([row], _pause(retry))
+            outcome = yield Call([row], backoff(_PAUSE, retry))
             if outcome.scores is not None and not outcome.problems:
                 self._scores[row] = outcome.scores[0]
                 break
@@ -203,15 +199,10 @@ class Task:
             message += f" (the sample read last; all {len(rows)} of the call are lost, because "
             message += "the function is declared not idempotent)"
         self._losses.add(
-            self._name,
+            self.function.name,
             rows,
             problem.kind,
             message,
             blamed=None if blamed is None else rows[blamed],
             cause=outcome.cause,
         )
-
-
-def _pause(tries: int) -> float:
-    """Seconds before try number `tries`, between half and all of a doubling time; 0 for try 0."""
-    return 0.0 if tries == 0 else _PAUSE * 2 ** (tries - 1) * _jitter.uniform(0.5, 1.0)

@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 import functools
-import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from fastppo.options import Options, option
+
 _ATTRIBUTE = "fastppo_declaration"
+
+_jitter = random.Random()  # not the shared generator, whose state may be a run's
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class RewardLimits:
+class RewardLimits(Options):
     """How reward functions run and how much may go wrong.
 
     Raises:
         ValueError: a value outside its range.
     """
 
-    workers: int = 1
+    workers: int = option(1, "≥ 0")
     """Processes per function. 0 calls it in this process: state is kept and a debugger works, but
     no time or memory limit applies and a crash ends the run."""
-    timeout: float = 60.0
+    timeout: float = option(60.0, "> 0")
     """Seconds a call may take before its worker is killed."""
-    memory_gb: float = 4.0
+    memory_gb: float = option(4.0, "> 0")
     """GiB that a worker may map beyond what this process has mapped when the worker starts."""
-    max_failure_rate: float = 0.0
+    max_failure_rate: float = option(0.0, "[0, 1]")
     """Share of samples, over the last 10 batches, that may be lost before the run stops. 0 stops
     at the first one."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ValueError(f"workers must be 0 or more processes, got {self.workers}")
-        for name in ("timeout", "memory_gb"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        if not 0 <= self.max_failure_rate <= 1:
-            raise ValueError(
-                f"max_failure_rate must be a share between 0 and 1, got {self.max_failure_rate}"
-            )
 
 
 @dataclass(frozen=True)
@@ -99,3 +91,10 @@ def declaration_of(func: Callable[..., Any]) -> Declaration:
         if not isinstance(func, functools.partial):
             return Declaration()
         func = func.func
+
+
+def backoff(first: float, tries: int) -> float:
+    """Seconds before a call that follows `tries` failed ones, between half and all of a time that
+    doubles with each, from `first` on.
+    """
+    return first * 2 ** (tries - 1) * _jitter.uniform(0.5, 1.0) if tries else 0.0

@@ -214,8 +214,13 @@ class RewardModel:
 
     def _forward(self, encoded: Sequence[list[int]]) -> list[float]:
         """The scores of samples (token ids, the longest first) in one pass of the model."""
-        if self._packed is not None:
-            return self._packed_scores(self._packed, encoded)
+        packed = self._packed
+        logits = self._padded(encoded) if packed is None else self._unpadded(packed, encoded)
+        scores: list[float] = logits.float().squeeze(-1).tolist()
+        return scores
+
+    def _padded(self, encoded: Sequence[list[int]]) -> Tensor:
+        """Logits (samples, 1) of padded rows."""
         input_ids = torch.full(
             (len(encoded), len(encoded[0])), getattr(self.config, "pad_token_id", None) or 0
         )  # (rows, longest) int64
@@ -226,13 +231,15 @@ class RewardModel:
         with any_shape_attention():
             logits: Tensor = self._model(
                 input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
-            ).logits  # (rows, 1)
-        scores: list[float] = logits.float().squeeze(-1).tolist()
-        return scores
+            ).logits
+        return logits
 
-    def _packed_scores(self, packed: PackedModel, encoded: Sequence[list[int]]) -> list[float]:
-        """Without padding. A classifier on a causal model reads the last token that is not `pad`,
-        which may be the end of the text's own."""
+    def _unpadded(self, packed: PackedModel, encoded: Sequence[list[int]]) -> Tensor:
+        """Logits (samples, 1) without padding.
+
+        A classifier on a causal model reads the last token that is not `pad`, which may be the end
+        of the text's own.
+        """
         pad = getattr(self.config, "pad_token_id", None)
         batch = PackedSequences.pack(encoded, [[]] * len(encoded), device=self.device)
         last = [
@@ -241,9 +248,8 @@ class RewardModel:
         rows = torch.from_numpy(batch.cu_seqlens_host[:-1] + np.array(last)).to(self.device)
         with packed.lent():
             hidden = packed.hidden(batch)[rows]  # (samples, H)
-        logits: Tensor = self._model.score(hidden)  # (samples, 1)
-        scores: list[float] = logits.float().squeeze(-1).tolist()
-        return scores
+        logits: Tensor = self._model.score(hidden)
+        return logits
 
 
 def _batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

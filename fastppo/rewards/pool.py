@@ -12,13 +12,13 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from fastppo.rewards.functions import BoundFunction
 from fastppo.rewards.isolation import Task
 from fastppo.rewards.limits import RewardLimits
-from fastppo.rewards.outcome import Outcome
 from fastppo.rewards.worker import Worker
 from fastppo.training import interrupts
 
@@ -46,26 +46,26 @@ class Pool:
 
     @contextlib.contextmanager
     def batch(
-        self, work: Sequence[tuple[Task, BoundFunction]], provided: Mapping[str, Sequence[Any]]
+        self, tasks: Sequence[Task], provided: Mapping[str, Sequence[Any]]
     ) -> Iterator[Batch]:
         """Start every task on a worker of its own; at the end kill the workers that still compute.
 
         Args:
-            work: tasks and their functions.
+            tasks: what is to be done.
             provided: the columns of the batch.
         """
         with self._one_batch:
             self._check_process()
-            taken: dict[str, int] = {}
+            taken = Counter[str]()
             batch = Batch(provided)
             try:
-                for task, function in work:
-                    index = taken.setdefault(function.name, 0)
-                    taken[function.name] += 1
-                    workers = self._workers.setdefault(function.name, [])
-                    if index == len(workers):
-                        workers.append(Worker(function.call, function.name, self._limits))
-                    batch.add(task, function, workers[index])
+                for task in tasks:
+                    name = task.function.name
+                    workers = self._workers.setdefault(name, [])
+                    if taken[name] == len(workers):
+                        workers.append(Worker(task.function.call, name, self._limits))
+                    batch.add(task, workers[taken[name]])
+                    taken[name] += 1
                 yield batch
             finally:
                 batch.abort()
@@ -89,15 +89,14 @@ class Pool:
             self._one_batch = threading.Lock()
 
 
+@dataclass(eq=False)
 class _Member:
     """A task, the worker that has it, and whether a call is under way."""
 
-    def __init__(self, task: Task, function: BoundFunction, worker: Worker) -> None:
-        self.task = task
-        self.function = function
-        self.worker = worker
-        self.busy = False
-        self.due = 0.0  # when the next call may start, where none is under way
+    task: Task
+    worker: Worker
+    busy: bool = False
+    due: float = 0.0  # when the next call may start, where none is under way
 
 
 class Batch:
@@ -107,9 +106,9 @@ class Batch:
         self._provided = provided
         self._members: list[_Member] = []
 
-    def add(self, task: Task, function: BoundFunction, worker: Worker) -> None:
+    def add(self, task: Task, worker: Worker) -> None:
         """Begin a task."""
-        member = _Member(task, function, worker)
+        member = _Member(task, worker)
         self._members.append(member)
         self._next_call(member)
 
@@ -130,7 +129,9 @@ class Batch:
             outcome = member.worker.proceed() if descriptor in ready else None
             outcome = outcome or member.worker.overdue()
             if outcome is not None:
-                self._take(member, outcome)
+                member.busy = False
+                member.task.advance(outcome)
+                self._next_call(member)
         for member in self._members:
             if not member.busy and member.due <= time.monotonic():
                 self._begin(member)
@@ -153,11 +154,6 @@ class Batch:
                 member.worker.stop()
         self._members.clear()
 
-    def _take(self, member: _Member, outcome: Outcome) -> None:
-        member.busy = False
-        member.task.advance(outcome)
-        self._next_call(member)
-
     def _next_call(self, member: _Member) -> None:
         if member.task.call is None:
             self._members.remove(member)
@@ -169,7 +165,7 @@ class Batch:
     def _begin(self, member: _Member) -> None:
         call = member.task.call
         assert call is not None
-        arguments = member.function.arguments(self._provided, call.rows)
+        arguments = member.task.function.arguments(self._provided, call.rows)
         member.worker.begin(arguments, len(call.rows))
         member.busy = True
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastppo.rewards.child import LENGTH, READING, TAKEN, Setting, serve
+from fastppo.rewards.failures import FailureKind
 from fastppo.rewards.limits import RewardLimits
 from fastppo.rewards.outcome import NO_ROW, Outcome, Problem, suspect_of
 from fastppo.training import interrupts
@@ -63,11 +64,6 @@ class Worker:
         Raises:
             TypeError: an argument cannot be pickled.
         """
-        self._request = self._frame(arguments, count)
-        self._fresh_start = False
-        self._send()
-
-    def _frame(self, arguments: dict[str, list[Any]], count: int) -> bytes:
         try:
             body = pickle.dumps((count, arguments), pickle.HIGHEST_PROTOCOL)
         except Exception as error:
@@ -76,7 +72,9 @@ class Worker:
                 f"data to be sent to its worker process ({type(error).__name__}: {error}). Store "
                 "plain values in the dataset, or set workers to 0"
             ) from error
-        return LENGTH.pack(len(body)) + body
+        self._request = LENGTH.pack(len(body)) + body
+        self._fresh_start = False
+        self._send()
 
     def _send(self) -> None:
         if self._process is None:
@@ -122,10 +120,8 @@ class Worker:
                 return None
             outcome = self.proceed()
             return self._ended() if outcome is None and process is self._process else outcome
-        suspect = self._suspect()
-        self.stop()
         message = f"did not return within {self._limits.timeout:g} s and was killed"
-        return Outcome(None, failure=Problem("timeout", message), suspect=suspect)
+        return self._killed("timeout", message)
 
     def stop(self) -> None:
         """Kill the process, and what it started, at once. Does nothing where there is none."""
@@ -191,10 +187,8 @@ class Worker:
         try:
             outcome, text = pickle.loads(self._reply[LENGTH.size :])
         except Exception:
-            suspect = self._suspect()
-            self.stop()
             message = "wrote something else into the connection of its worker process"
-            return Outcome(None, failure=Problem("crash", message), suspect=suspect)
+            return self._killed("crash", message)
         assert isinstance(outcome, Outcome)
         if outcome.failure is None:
             return outcome
@@ -204,20 +198,19 @@ class Worker:
         return Outcome(None, failure=outcome.failure, suspect=outcome.suspect, cause=cause)
 
     def _ended(self) -> Outcome | None:
-        assert self._note is not None
         taken = self._note[TAKEN] >= self._requests
-        suspect = self._suspect()
-        how = _how_it_ended(self._process.pid)
-        self.stop()
+        crashed = self._killed("crash", _how_it_ended(self._process.pid))
         if not taken and not self._fresh_start:  # it died before the call, by nobody's fault
             self._fresh_start = True
             self._send()
             return None
-        return Outcome(None, failure=Problem("crash", how), suspect=suspect)
+        return crashed
 
-    def _suspect(self) -> int | None:
-        assert self._note is not None
-        return suspect_of(self._note)
+    def _killed(self, kind: FailureKind, message: str) -> Outcome:
+        """The outcome of a call whose process is of no more use, having killed it."""
+        suspect = suspect_of(self._note)
+        self.stop()
+        return Outcome(None, failure=Problem(kind, message), suspect=suspect)
 
 
 def _peek(pid: int) -> tuple[int, int] | None:

@@ -31,6 +31,9 @@ class Interrupted(SystemExit):
         super().__init__(128 + signum)
         self.signum = signum
 
+    def __str__(self) -> str:
+        return f"received {signal.Signals(self.signum).name}"
+
 
 def check() -> None:
     """Raise Interrupted once for the signal that has come since the last call, if any."""

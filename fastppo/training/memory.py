@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 # of the CPU allocator, of CUDA and its libraries, and of C++; torch raises them as RuntimeError
@@ -28,17 +30,21 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def retried(work: Callable[[], T], device: torch.device) -> T:
-    """What `work` returns; where memory runs out it is freed and `work` is called once more.
+def retried(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """A method that is called once more, after its device's memory was freed, where that runs out.
 
     Args:
-        work: changes nothing before the last of its allocations, or nothing at all.
-        device: whose memory is freed.
+        method: changes nothing before the last of its allocations, or nothing at all.
     """
-    try:
-        return work()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    free_memory(device)  # the error, gone by now, kept the tensors of the call alive
-    return work()
+
+    @functools.wraps(method)
+    def twice(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory(self.device)  # the error, gone by now, kept the tensors of the call alive
+        return method(self, *args, **kwargs)
+
+    return twice

@@ -20,30 +20,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Tracker = Literal["tensorboard", "wandb", "trackio"]
-TRACKERS: tuple[Tracker, ...] = ("tensorboard", "wandb", "trackio")
+from fastppo.training.config import Tracker
 
 
 def check_report_to(report_to: Sequence[str]) -> None:
-    """Refuse trackers that are unknown or not installed, without importing any of them.
+    """Refuse trackers that are not installed, without importing any of them.
 
     Raises:
         TypeError: `report_to` is a string, not a list of strings.
-        ValueError: a tracker is unknown, or its package is missing (the message names the extra).
+        ValueError: a package is missing; the message names the extra.
     """
     if isinstance(report_to, str):
         raise TypeError(
             f"report_to must be a list of trackers, got {report_to!r}; write [{report_to!r}]"
         )
     for name in report_to:
-        if name not in TRACKERS:
-            raise ValueError(f"report_to must hold names from {list(TRACKERS)}, got {name!r}")
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # without origin: a folder of runs named like it
             raise ValueError(
@@ -52,19 +48,11 @@ def check_report_to(report_to: Sequence[str]) -> None:
             )
 
 
-class _Sink(Protocol):
-    def log(self, values: Mapping[str, float], iteration: int) -> None: ...
-    def rewind(self, last: int) -> None: ...
-    def close(self) -> None: ...
-
-
 class _TensorBoard:
     def __init__(self, run_dir: Path, config: Mapping[str, Any], last: int | None) -> None:
         self._folder = str(run_dir / "tensorboard")
         self._writer = self._open(last)
-        self._writer.add_text(
-            "config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```"
-        )
+        self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
 
     def log(self, values: Mapping[str, float], iteration: int) -> None:
         for key, value in values.items():
@@ -107,15 +95,12 @@ class MetricsWriter:
     Args:
         run_dir: folder of the run, made if missing; existing files are appended to (a last line
             that a crash left unfinished is dropped).
-        report_to: any of "tensorboard" (written to run_dir/tensorboard), "wandb", "trackio".
+        report_to: any of "tensorboard" (written to run_dir/tensorboard), "wandb", "trackio", which
+            are installed (`check_report_to`).
         config: the resolved configuration, shown by the trackers.
         run_name: the run's name in wandb and trackio.
-        project: the project in wandb and trackio.
         last_iteration: rows of later ones are dropped, which a resumed run writes again; None: no
             row is.
-
-    Raises:
-        TypeError, ValueError: as `check_report_to`.
     """
 
     def __init__(
@@ -125,15 +110,12 @@ class MetricsWriter:
         config: Mapping[str, Any],
         run_name: str,
         *,
-        project: str = "fastppo",
         last_iteration: int | None = None,
     ) -> None:
-        check_report_to(report_to)
-        run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._sinks: list[_Sink] = []
-        plain = json.loads(json.dumps(strict(config), default=str))
-        shared = {"project": project, "name": run_name, "config": plain}
+        self._sinks: list[_TensorBoard | _Run] = []
+        plain = strict(config)
+        shared = {"project": "fastppo", "name": run_name, "config": plain}
         for tracker in report_to:
             if tracker == "tensorboard":
                 self._sinks.append(_TensorBoard(run_dir, plain, last_iteration))
@@ -200,12 +182,7 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

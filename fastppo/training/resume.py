@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from fastppo.checkpoint import (
     CheckpointStore,
     lock_run_dir,
     new_run_dir,
+    verify,
 )
 from fastppo.checkpoint.lock import LOCK
 from fastppo.options import Options, about, holds
@@ -89,7 +90,7 @@ def find_checkpoint(
         CheckpointError: the named one is not valid, or none is.
     """
     if named is not None:
-        return store.named(named), []
+        return verify(named), []
     checkpoint, problems = store.newest()
     if checkpoint is None and problems:
         raise CheckpointError(
@@ -150,15 +151,34 @@ def open_run(
     return OpenedRun(run_dir, True, store, checkpoint, notes)
 
 
+def archive(run_dir: Path, checkpoint: Checkpoint) -> Path | None:
+    """Move checkpoints that are newer than the one to continue from out of the run's way.
+
+    They and copies of metrics and samples go to run_dir/abandoned-N, because the run is about to
+    take another course from there.
+
+    Returns:
+        That folder, None where there is nothing newer.
+    """
+    folder = checkpoint.path.parent
+    newer = [path for path in folder.glob("[!.]*") if path.name > checkpoint.path.name]
+    if not newer:
+        return None
+    count = len(list(run_dir.glob("abandoned-*"))) + 1
+    archived = run_dir / f"abandoned-{count}"
+    (archived / folder.name).mkdir(parents=True)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (run_dir / name).exists():
+            shutil.copy2(run_dir / name, archived / name)
+    for path in sorted(newer, reverse=True):  # a crash in between leaves none newer than the rest
+        path.rename(archived / folder.name / path.name)
+    return archived
+
+
 def plain_config(args: Options) -> dict[str, Any]:
     """The configuration as it comes back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     return plain
-
-
-def config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a configuration."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def check_config(saved: Mapping[str, Any], args: Options, allowed: Iterable[str] = ()) -> None:

@@ -4,24 +4,21 @@
     ...
     summary = self.run.train(self, self.rewards)   # iterate until done; what is entered meanwhile
 
-A `Trainer` knows what an iteration is and how to put its state into tensors and JSON. Everything
-around that is here: the lock of the run directory, checkpoints and resume, signals, metrics, the
-display, steps whose numbers are not finite, the summary and the report. Rules: docs/runs.md.
+A `Trainer` (trainer.py) knows what an iteration is and how to put its state into tensors and JSON.
+Everything around that is here: the lock of the run directory, checkpoints and resume, signals,
+metrics, the display, steps whose numbers are not finite, the summary and the report. Rules:
+docs/runs.md.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
-import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastppo.checkpoint import (
@@ -46,68 +43,10 @@ from fastppo.training.metrics import (
     strict,
     to_json,
 )
-from fastppo.training.resume import config_digest, open_run, plain_config, versions
-
-Row = dict[str, float]
-Sample = dict[str, Any]
-State = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
-"""Tensors by group and name, and what goes into JSON."""
+from fastppo.training.resume import archive, open_run, plain_config, versions
+from fastppo.training.trainer import Row, Sample, State, Trainer
 
 MAX_ROLLBACKS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Notice:
-    """Something a person should see."""
-
-    text: str
-    keep: str = ""
-    """Name of the dump that the batch is kept in; empty: in none."""
-
-
-class Trainer(Protocol):
-    """What a run drives."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    def iterate(self, iteration: int, timer: PhaseTimer) -> tuple[Row, list[Sample]]:
-        """One iteration, counted from 1; what a stopped one had done already is not redone.
-
-        The row may have a `reward`, of which more is better: `keep_best` and the summary read it.
-        """
-
-    def evaluate(self) -> dict[str, Any]:
-        """Figures on held-out data, `reward` among them; empty without any."""
-
-    def notices(self, row: Row) -> Iterator[Notice]:
-        """What an iteration's metrics warn of."""
-
-    def next_iteration(self) -> None:
-        """Forget the iteration that is done."""
-
-    @property
-    def place(self) -> str:
-        """Where in an iteration it is, as a suffix that sorts as time passes; empty between two."""
-
-    def identity(self) -> dict[str, Any]:
-        """JSON of what a continuation must have in common with the run."""
-
-    def state(self) -> State:
-        """All that an exact continuation needs, in the middle of an iteration too."""
-
-    def failed_step(self, error: NonFiniteError) -> State:
-        """`state` as it was before the step, and the tensors `recorded` of what it came to."""
-
-    def load_state(self, checkpoint: Checkpoint) -> None:
-        """Go where a checkpoint is, or raise ForeignStateError and change nothing."""
-
-    def summary(self) -> dict[str, Any]:
-        """What it adds to summary.json."""
-
-    def save_model(self, folder: Path) -> Path:
-        """Write the trained model into a new folder."""
 
 
 class Run:
@@ -209,7 +148,7 @@ class Run:
                 self._iterate(trainer)
                 summary = self._finish(trainer)
             except (interrupts.Interrupted, StopRunError) as error:
-                self.display.message(f"{_reason(error)}: saving a checkpoint")
+                self.display.message(f"{error}: saving a checkpoint")
                 saved = self.save_checkpoint(trainer, extra=True)
                 self.display.message(f"saved {saved}; --resume goes on from there")
                 raise
@@ -308,9 +247,8 @@ class Run:
         self.store.save(name, tensors, state, score=score, extra=extra, wait=extra)
         return self.store.folder / name
 
-    def _state(self, trainer: Trainer, make: Callable[[], State] | None = None) -> State:
-        tensors, state = (make or trainer.state)()
-        config = plain_config(self.args)
+    def _state(self, trainer: Trainer, of_trainer: State | None = None) -> State:
+        tensors, state = of_trainer or trainer.state()
         own = {
             "iterations": self.iterations,
             "rewards": to_json(self.rewards),
@@ -320,8 +258,7 @@ class Run:
         }
         return tensors, state | {
             "run": trainer.identity() | own,
-            "config": config,
-            "config_sha256": config_digest(config),
+            "config": plain_config(self.args),
             "versions": versions(),
         }
 
@@ -361,7 +298,7 @@ class Run:
             NonFiniteError: `on_nonfinite` is "stop", there is no checkpoint, or going back did not
                 help `MAX_ROLLBACKS` times.
         """
-        tensors, state = self._state(trainer, lambda: trainer.failed_step(error))
+        tensors, state = self._state(trainer, trainer.failed_step(error))
         kept = self._dump("nonfinite", tensors, state)
         self.store.wait()
         # An extra one may have the very samples, and a run without a signal would not have it.
@@ -383,33 +320,3 @@ class Run:
             f"{error}. The step is kept in {kept}; back to {checkpoint.path.name} "
             f"({rollbacks} of {MAX_ROLLBACKS})"
         )
-
-
-def archive(run_dir: Path, checkpoint: Checkpoint) -> Path | None:
-    """Move checkpoints that are newer than the one to continue from out of the run's way.
-
-    They and copies of metrics and samples go to run_dir/abandoned-N, because the run is about to
-    take another course from there.
-
-    Returns:
-        That folder, None where there is nothing newer.
-    """
-    folder = checkpoint.path.parent
-    newer = [path for path in folder.glob("[!.]*") if path.name > checkpoint.path.name]
-    if not newer:
-        return None
-    count = len(list(run_dir.glob("abandoned-*"))) + 1
-    archived = run_dir / f"abandoned-{count}"
-    (archived / folder.name).mkdir(parents=True)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        if (run_dir / name).exists():
-            shutil.copy2(run_dir / name, archived / name)
-    for path in sorted(newer, reverse=True):  # a crash in between leaves none newer than the rest
-        path.rename(archived / folder.name / path.name)
-    return archived
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, interrupts.Interrupted):
-        return f"received {signal.Signals(error.signum).name}"
-    return str(error)

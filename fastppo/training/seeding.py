@@ -39,24 +39,14 @@ def batch_indices(num_prompts: int, batch_size: int, seed: int, iteration: int) 
     and then hold a prompt more than once.
 
     Args:
-        num_prompts: size of the dataset.
-        batch_size: prompts per iteration.
+        num_prompts: size of the dataset, ≥ 1.
+        batch_size: prompts per iteration, ≥ 1.
         seed: the run's seed.
         iteration: counted from 0.
 
     Returns:
         (batch_size,) int64 indices into the dataset; the same for the same arguments.
-
-    Raises:
-        ValueError: a size is not positive or the iteration is negative.
     """
-    for name, value, least in (
-        ("num_prompts", num_prompts, 1),
-        ("batch_size", batch_size, 1),
-        ("iteration", iteration, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
     position = iteration * batch_size
     parts: list[np.ndarray] = []
     wanted = batch_size

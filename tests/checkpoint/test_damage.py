@@ -51,7 +51,7 @@ def assert_noticed(made: CheckpointStore, reason: str) -> None:
     assert len(passed_over) == 1 and passed_over[0].startswith("b: ")
     assert reason in passed_over[0]
     with pytest.raises(CheckpointError) as caught:
-        made.named(made.folder / "b")
+        verify(made.folder / "b")
     assert str(made.folder / "b") in str(caught.value) and reason in str(caught.value)
     assert "Use another one" in str(caught.value)
 
@@ -143,7 +143,7 @@ def test_another_version_of_the_format(
     with monkeypatch.context() as later:
         later.setattr(store.fmt, "FORMAT", 2)
         damaged.save("b", {}, {"step": 1}, wait=True)
-        assert damaged.named("b").state == {"step": 1}
+        assert verify(damaged.folder / "b").state == {"step": 1}
     assert_noticed(damaged, "manifest.json is of format 2, expected 1")
 
 
@@ -313,7 +313,7 @@ def test_checkpoints_on_another_device(tmp_path: Path) -> None:
             made.save(name, {"policy": {"w": torch.ones(3)}}, {}, wait=True)
         assert os.listdir(elsewhere) == ["b"]
         assert made.sweep() == [".config.json.partial"]
-        assert made.named("b").tensors("policy").keys() == {"w"}
+        assert verify(made.folder / "b").tensors("policy").keys() == {"w"}
 
 
 def test_a_rename_across_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastppo import checkpoint
-from fastppo.checkpoint import CheckpointError, CheckpointStore, durable, run_dir, store
+from fastppo.checkpoint import CheckpointError, CheckpointStore, durable, run_dir, store, verify
 
 MIB = 1 << 20
 
@@ -61,7 +61,7 @@ def test_every_dtype_shape_and_layout_comes_back(tmp_path: Path) -> None:
     }
     made = CheckpointStore(tmp_path / "checkpoints")
     made.save("a", {"policy": group, "none": {}}, {}, wait=True)
-    found = made.named("a")
+    found = verify(made.folder / "a")
     back = found.tensors("policy")
     assert back.keys() == group.keys() and found.tensors("none") == {}
     for name, expected in group.items():
@@ -120,7 +120,7 @@ def test_names_are_plain(tmp_path: Path, name: str) -> None:
 
 def test_a_group_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"expected a file critic\.safetensors, got \['opti"):
-        saved(tmp_path, 1).named("step-1").tensors("critic")
+        verify(saved(tmp_path, 1).folder / "step-1").tensors("critic")
 
 
 def test_nothing_in_a_checkpoint_is_pickled_and_all_files_can_be_read(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_save_returns_at_once_with_a_snapshot(tmp_path: Path, gate: threading.Ev
     assert newest(made) is None
     gate.set()
     made.wait()
-    found = made.named("step-1")
+    found = verify(made.folder / "step-1")
     assert found.state == {"steps": [1]}
     assert torch.equal(found.tensors("policy")["w"], torch.ones(2, 3))
     assert found.tensors("policy").keys() == {"w"}
@@ -242,7 +242,7 @@ def test_a_snapshot_of_cuda_tensors(tmp_path: Path) -> None:
     made.save("a", {"policy": {"x": x, "t": x.view(4096, 4096).T}}, {})
     x.zero_()
     made.close()
-    back = made.named("a").tensors("policy")
+    back = verify(made.folder / "a").tensors("policy")
     assert torch.equal(back["x"], expected)
     assert torch.equal(back["t"], expected.view(4096, 4096).T)
 
@@ -294,7 +294,7 @@ def test_an_extra_one_in_place_of_a_regular_one_is_regular(tmp_path: Path) -> No
     made.save("step-1", tensors(5), {"step": 5}, extra=True, wait=True)
     saved(tmp_path, 2, 3, keep_last=1, keep_best=1)
     assert names(made) == ["step-1", "step-3"]
-    assert made.named("step-1").state == {"step": 5}
+    assert verify(made.folder / "step-1").state == {"step": 5}
     (tmp_path / "checkpoints" / "step-3" / "manifest.json").write_text("{}")
     made.save("step-3", tensors(3), {}, extra=True, wait=True)  # nothing to take over there
     made.save("step-4", tensors(4), {}, wait=True)
@@ -323,10 +323,10 @@ def test_a_checkpoint_is_replaced(tmp_path: Path) -> None:
     made = saved(tmp_path, 1)
     made.save("step-1", tensors(5), {"step": 5}, wait=True)
     assert names(made) == ["step-1"]
-    assert made.named("step-1").state == {"step": 5}
+    assert verify(made.folder / "step-1").state == {"step": 5}
     (made.folder / "step-1" / "state.json").unlink()
     made.save("step-1", tensors(6), {"step": 6}, wait=True)
-    assert made.named("step-1").state == {"step": 6}
+    assert verify(made.folder / "step-1").state == {"step": 6}
 
 
 def test_a_replacement_that_fails_leaves_the_old_one(
@@ -345,7 +345,7 @@ def test_a_replacement_that_fails_leaves_the_old_one(
         CheckpointError, match="step-1 is intact. Choose an output_dir that lies on"
     ):
         made.wait()
-    assert names(made) == ["step-1"] and made.named("step-1").state == {"step": 1}
+    assert names(made) == ["step-1"] and verify(made.folder / "step-1").state == {"step": 1}
 
 
 # The start after a kill
@@ -382,16 +382,7 @@ def test_an_empty_start(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     message = "checkpoints/a is not a valid checkpoint: does not exist. Use another"
     with pytest.raises(CheckpointError, match=message):
-        made.named("a")
-
-
-def test_a_checkpoint_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = saved(tmp_path, 1)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "step-1").mkdir()
-    for path in ("step-1", "checkpoints/step-1", made.folder / "step-1"):
-        found = made.named(path)
-        assert found.path == made.folder / "step-1" and found.state == {"step": 1}
+        verify(made.folder / "a")
 
 
 # Processes

@@ -21,7 +21,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from fastppo.data.prompts import PromptDataset, decode, load_records
+from fastppo.data.prompts import PromptDataset, decode
+from fastppo.data.sources import load_records
 from fastppo.training.seeding import batch_indices
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -328,10 +329,6 @@ def test_what_cannot_be_a_prompt_dataset_is_refused() -> None:
             PromptDataset([{"prompt": "w1", name: 1}], tokenizer)
     with pytest.raises(ValueError, match=r"prompt of row 1 has no tokens \('  '\)"):
         PromptDataset([{"prompt": "w1"}, {"prompt": "  "}], tokenizer)
-    with pytest.raises(ValueError, match="max_prompt_length must be a positive number"):
-        PromptDataset(ROWS, tokenizer, max_prompt_length=0)
-    with pytest.raises(ValueError, match="overlong must be 'error' or 'filter', got 'cut'"):
-        PromptDataset(ROWS, tokenizer, overlong="cut")  # type: ignore[arg-type]  # is the test
 
 
 def test_tokenizer_that_ends_prompts_with_eos_is_refused() -> None:
@@ -400,16 +397,3 @@ def test_order_is_a_function_of_seed_and_position_only() -> None:
     epochs = stream.reshape(6, 10)
     assert len({tuple(row) for row in epochs.tolist()}) == 6  # a fresh permutation each epoch
     assert batch_indices(10, 10, 8, 0).tolist() != epochs[0].tolist()  # another seed
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 1, 0, 0), "num_prompts must be at least 1, got 0"),
-        ((1, 0, 0, 0), "batch_size must be at least 1, got 0"),
-        ((1, 1, 0, -1), "iteration must be at least 0, got -1"),
-    ],
-)
-def test_bad_sizes_are_refused(arguments: tuple[int, int, int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        batch_indices(*arguments)

@@ -19,7 +19,7 @@ CALM = {"approx_kl": 0.1, "kl": 0.1, "entropy": 2.0}
 
 
 def raised(alarms: Alarms, **figures: float) -> list[str]:
-    return [alarm.name for alarm in alarms.check(CALM | figures)]
+    return [alarm.keep for alarm in alarms.check(CALM | figures)]
 
 
 @pytest.fixture
@@ -56,12 +56,12 @@ def test_each_alarm_is_on_its_own(alarms: Alarms) -> None:
 
 def test_a_message_names_the_worse_figure_and_what_to_do(alarms: Alarms) -> None:
     (alarm,) = alarms.check(CALM | {"approx_kl": 1.5, "kl": 2.25})
-    assert alarm.message == (
+    assert alarm.text == (
         "kl = 2.25 nats per token (kl_warning = 1): the policy moved very far. "
         "Lower learning_rate, or set target_kl"
     )
     (alarm,) = alarms.check(CALM | {"entropy": 0.004})
-    assert alarm.message.startswith("entropy = 0.004 nats per token (entropy_warning = 0.01)")
+    assert alarm.text.startswith("entropy = 0.004 nats per token (entropy_warning = 0.01)")
 
 
 def test_figures_that_are_missing_raise_nothing(alarms: Alarms) -> None:

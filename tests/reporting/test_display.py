@@ -11,8 +11,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fastppo.reporting.charts import downsample, moving_average, nice_ticks, plot_braille, sparkline
-from fastppo.reporting.display import Display, plot_ascii
+from fastppo.reporting.charts import downsample, moving_average, nice_ticks, plot, sparkline
+from fastppo.reporting.display import Display
 from fastppo.reporting.formatting import first_and_last, format_number, shorten, visible
 
 
@@ -180,7 +180,7 @@ def test_ascii_output_can_always_be_encoded() -> None:
     assert b"\\u65e5" in raw.getvalue() and b"caf\\xe9" in raw.getvalue()
 
 
-def test_plot_ascii_golden() -> None:
+def test_plot_golden() -> None:
     expected = """\
 1.0 +                                         ****
     |                     **              ****
@@ -191,28 +191,28 @@ def test_plot_ascii_golden() -> None:
 0.0 +
     +---------------------------------------------
      1                                           7"""
-    assert plot_ascii([0.1, 0.4, 0.35, 0.8, None, 0.9, 0.95], 50, 9) == expected
+    assert plot([0.1, 0.4, 0.35, 0.8, None, 0.9, 0.95], 50, 9) == expected
 
 
-@pytest.mark.parametrize("plot", [plot_ascii, plot_braille])
+@pytest.mark.parametrize("braille", [False, True], ids=["ascii", "braille"])
 @pytest.mark.parametrize(
     "values",
     [[], [None], [0.5], [0.0, 0.0], [1e9, -1e9], [math.nan, 1.0, None, 3.0], list(range(5000))],
     ids=["empty", "null", "one", "constant", "huge", "gaps", "long"],
 )
-def test_plots_keep_their_size(plot: Any, values: list[Any]) -> None:
+def test_plots_keep_their_size(braille: bool, values: list[Any]) -> None:
     for width, height in ((16, 5), (76, 13), (116, 9)):
-        lines = plot(values, width, height).split("\n")
+        lines = plot(values, width, height, braille=braille).split("\n")
         assert len(lines) == height
         assert max(len(line) for line in lines) <= width
 
 
 def test_plot_spans_the_run_and_refuses_no_room() -> None:
-    lines = plot_ascii([0.0, 1.0], 45, 7, span=8).split("\n")
+    lines = plot([0.0, 1.0], 45, 7, span=8).split("\n")
     assert lines[-1].endswith("8")
     assert max(line.rfind("*") for line in lines) < 16
     with pytest.raises(ValueError, match="16 and 5, got 8 and 5"):
-        plot_ascii([1.0], 8, 5)
+        plot([1.0], 8, 5)
 
 
 def test_sparkline_is_not_flattened_by_one_outlier() -> None:

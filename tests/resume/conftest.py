@@ -95,7 +95,7 @@ def differences(a: Path, b: Path) -> list[str]:
         found.append("metrics.jsonl")
     states = [json.loads((d / last / "state.json").read_text()) for d in (a, b)]
     for state in states:
-        del state["run"]["seconds"], state["config_sha256"]
+        del state["run"]["seconds"]
         for name in ("output_dir", "model", "dataset", "eval_dataset", "reward"):
             state["config"].pop(name, None)
     if states[0] != states[1]:

@@ -151,12 +151,15 @@ def test_any_set_of_bad_samples_is_found(size: int, data: st.DataObject) -> None
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"workers": -1}, "workers must be 0 or more processes, got -1"),
-        ({"timeout": 0.0}, "timeout must be positive and finite, got 0.0"),
-        ({"timeout": float("inf")}, "timeout must be positive and finite, got inf"),
-        ({"memory_gb": -1.0}, "memory_gb must be positive"),
-        ({"max_failure_rate": 1.5}, "share between 0 and 1, got 1.5"),
-        ({"max_failure_rate": float("nan")}, "share between 0 and 1, got nan"),
+        ({"workers": -1}, "workers: expected an integer ≥ 0, got -1"),
+        ({"timeout": 0.0}, "timeout: expected a finite number > 0, got 0.0"),
+        ({"timeout": float("inf")}, "timeout: expected a finite number > 0, got inf"),
+        ({"memory_gb": -1.0}, "memory_gb: expected a finite number > 0, got -1.0"),
+        ({"max_failure_rate": 1.5}, r"max_failure_rate: expected a number in \[0, 1\], got 1.5"),
+        (
+            {"max_failure_rate": float("nan")},
+            r"max_failure_rate: expected a number in \[0, 1\], got nan",
+        ),
     ],
 )
 def test_bad_limits_are_refused(limits: dict[str, Any], message: str) -> None:

@@ -87,13 +87,10 @@ def test_bad_rows_are_refused_by_name(tmp_path: Path) -> None:
     assert strict_lines(tmp_path / "metrics.jsonl") == []
 
 
-def test_trackers_are_checked_before_anything_is_written(tmp_path: Path, monkeypatch) -> None:
+def test_trackers_that_are_not_installed_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'fastppo\[wandb\]'"):
-        MetricsWriter(tmp_path / "run", ["wandb"], {}, "run")
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match=r"tensorboard.*got 'tensorbord'"):
-        check_report_to(["tensorbord"])
+        check_report_to(["wandb"])
     with pytest.raises(TypeError, match=r"\['wandb'\]"):
         check_report_to("wandb")
 

@@ -22,8 +22,9 @@ from fastppo.training.config import ScheduleConfig
 from fastppo.training.errors import ForeignStateError, NonFiniteError
 from fastppo.training.metrics import PhaseTimer
 from fastppo.training.optim import apply_step, grad_norm, make_adamw
-from fastppo.training.run import Notice, Run
+from fastppo.training.run import Run
 from fastppo.training.seeding import batch_indices
+from fastppo.training.trainer import Notice
 
 
 @dataclass(frozen=True, kw_only=True)
