@@ -9,6 +9,7 @@ imports take ten times as long as such a program.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -17,16 +18,13 @@ import types
 import warnings
 from typing import Any
 
-import matplotlib.backends.backend_agg
-import matplotlib.figure
-import transformers.models.llama.modeling_llama
-import transformers.tokenization_utils_tokenizers
-import tyro  # noqa: F401
-
-import fastppo.cli.train
-import fastppo.ppo.trainer  # noqa: F401
 from fastppo.rewards.pool import CAN_FORK
 
+IMPORTED = (
+    *("fastppo.cli.train", "fastppo.ppo.trainer", "matplotlib.backends.backend_agg", "tyro"),
+    *("matplotlib.figure", "transformers.models.llama.modeling_llama"),
+    "transformers.tokenization_utils_tokenizers",
+)
 WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
@@ -44,6 +42,8 @@ def become(request: dict[str, Any]) -> types.CodeType:
 
 def serve() -> types.CodeType | None:
     """Returns the program in every forked process, and None at the end of the requests."""
+    for name in IMPORTED:
+        importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         if not CAN_FORK:
