@@ -99,7 +99,7 @@ def test_the_example_learns(root: Path, tmp_path: Path) -> None:
         env={**os.environ, "COLUMNS": "120"},
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=3600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
