@@ -6,8 +6,9 @@ VENV ?= .venv
 ARGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
-# as many processes with one thread each; a file's tests stay together, with what they share
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+# As many processes with one thread each. Each has a half of the tests in their order, so that files
+# find what they share, and takes from the other's end when it is done.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install -c constraints.txt
 STAMP := $(VENV)/.fastppo-installed
@@ -65,7 +66,7 @@ test: setup
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-slow: setup
-	$(BIN)/pytest -m "slow and not gpu" $(ARGS)
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
 test-all: test test-slow
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is a broken test
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: less spinning on a busy machine
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from fastppo.profiling.meta import Ceilings
 
 ROOT = Path(__file__).resolve().parents[1]
 TOML = """
@@ -62,6 +66,14 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def ceilings_once() -> Callable[[torch.device], Ceilings]:
+    """`measure_ceilings` that keeps its answer: ten seconds on a CPU without bf16."""
+    from fastppo.profiling.ceilings import measure_ceilings
+
+    return functools.cache(measure_ceilings)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from fastppo.benchmarks.registry import Benchmark, Provider
 from fastppo.benchmarks.results import Result
 from fastppo.benchmarks.run import Cell, Roof
 from fastppo.profiling.case import Call, Count, Inputs, Size
+from fastppo.profiling.meta import Ceilings
 
 CPU = torch.device("cpu")
 
@@ -39,10 +40,19 @@ def case() -> Benchmark:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _measured_once(ceilings_once: Callable[..., object]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastppo.benchmarks.run.measure_ceilings", ceilings_once)
+        yield
+
+
 @pytest.fixture(scope="session")
-def roof() -> Roof:
-    """The ceilings of this machine, measured once."""
-    return Roof(CPU)
+def roof(ceilings_once: Callable[..., Ceilings]) -> Roof:
+    """The ceilings of this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastppo.benchmarks.run.measure_ceilings", ceilings_once)
+        return Roof(CPU)
 
 
 Measure = Callable[..., Result]

@@ -12,6 +12,13 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
+# Plug-ins: ceilings that need not be measured, and more work in one op.
+CEILINGS = """
+from fastppo.benchmarks import run
+from fastppo.profiling.meta import Ceilings
+
+run.measure_ceilings = lambda device: Ceilings(1e4, 1e3, 1e3)
+"""
 SLOWER = """
 from fastppo import ops
 
@@ -48,13 +55,15 @@ def test_a_saved_run_is_compared_and_a_real_slowdown_fails(tmp_path: Path) -> No
     assert all(f"benchmark '{group}'" in first.stdout for group in groups)
     assert all(0 < benchmark["extra_info"]["percent_of_roofline"] <= 105 for benchmark in kept)
 
-    again = pytest_on(*cases, *storage, *against)
+    (tmp_path / "ceilings.py").write_text(CEILINGS, encoding="utf-8")
+    given = ("-p", "ceilings")
+    again = pytest_on(*given, *cases, *storage, *against, path=tmp_path)
     assert again.returncode == 0, again.stdout
     assert f"whiten-N=1000 fp32-fastppo] ({saved.name[:4]}" in again.stdout
     assert "whiten-N=1000 fp32-fastppo] (NOW)" in again.stdout
 
     (tmp_path / "slower.py").write_text(SLOWER, encoding="utf-8")
-    slower = pytest_on("-p", "slower", *cases, *storage, *against, path=tmp_path)
+    slower = pytest_on(*given, "-p", "slower", *cases, *storage, *against, path=tmp_path)
     assert slower.returncode != 0
     assert "Performance has regressed" in slower.stderr
     assert "whiten-N=1000 fp32-fastppo] (" in slower.stderr

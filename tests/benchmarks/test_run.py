@@ -15,6 +15,7 @@ from fastppo.benchmarks.registry import Benchmark, Provider, select_cases
 from fastppo.benchmarks.results import Result, Row
 from fastppo.benchmarks.run import COPY, Cell, Roof
 from fastppo.profiling.case import Call, Count, Inputs, Size
+from fastppo.profiling.meta import Ceilings
 
 CPU = torch.device("cpu")
 Measure = Callable[..., Result]
@@ -187,11 +188,21 @@ def test_a_call_that_works_only_once_fails_and_the_others_go_on(
 
 
 def test_faster_than_the_ceilings_is_a_mistake_in_the_accounting(
-    case: Benchmark, measure: Measure
+    case: Benchmark, measure: Measure, roof: Roof, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Once they have been measured again: the first time the machine may have been busy."""
+    again = []
+
+    def measured(device: torch.device) -> Ceilings:
+        again.append(device)
+        return roof.ceilings
+
+    monkeypatch.setattr("fastppo.benchmarks.run.measure_ceilings", measured)
+    assert row_of(measure(case), "fastppo").status == "ok" and not again
     wrong = replace(case, flops=Count("N³", lambda s: float(s["N"]) ** 3))
     row = row_of(measure(wrong), "fastppo")
     assert row.status == "impossible" and "of the roofline" in row.note
+    assert again == [CPU]
 
 
 def test_the_roof_is_the_higher_one(roof: Roof) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -141,10 +142,10 @@ def test_a_folder_that_is_taken_is_refused(project: Path, call: Call) -> None:
     assert files_below(project / "run") == {"mine"}
 
 
-def test_a_dry_run_shows_everything_and_touches_nothing(project: Path, run: Run) -> None:
+def test_a_dry_run_shows_everything_and_touches_nothing(project: Path, call: Call) -> None:
     (project / "model" / "model.safetensors").unlink()  # no weights to load
     before = files_below(project)
-    out = run("train", "--config", "run.toml", "--dry-run", "--train-layers", "1").stdout
+    out = call("train", "--config", "run.toml", "--dry-run", "--train-layers", "1")[0]
     model = tiny_model(len(WORDS), seed=0)
     total = sum(p.numel() for p in model.parameters())
     last = sum(p.numel() for p in model.model.layers[1].parameters()) + 64  # and the final norm
@@ -164,11 +165,11 @@ def test_a_dry_run_looks_at_every_input(project: Path, call: Call, option: str) 
     assert "none.jsonl" in error and len(error.splitlines()) == 1
 
 
-def test_an_unsupported_family_is_refused_by_name(project: Path, run: Run, call: Call) -> None:
+def test_an_unsupported_family_is_refused_by_name(project: Path, call: Call) -> None:
     shape: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": len(WORDS)}
     Gemma2Config(**shape).save_pretrained(project / "model")
     (project / "model" / "model.safetensors").unlink()
-    error = run("train", "--config", "run.toml", status=2).stderr
+    error = call("train", "--config", "run.toml", status=2)[1]
     assert "gemma2" in error and len(error.splitlines()) == 1
     assert call("train", "--config", "run.toml", "--dry-run", status=2)[1] == error
     assert not (project / "run").exists()
@@ -248,11 +249,12 @@ def test_doctor_knows_another_family(tmp_path: Path, run: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_demo_learns(tmp_path: Path, run: Run, seed: int) -> None:
-    started = time.monotonic()
-    out = run("demo", "--seed", str(seed), "--output-dir", "run").stdout
-    assert time.monotonic() - started < 60  # 15 s on two free cores
+def test_the_demo_learns(tmp_path: Path, run: Run) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    out = run("demo", "--seed", "1", "--output-dir", "run").stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # of the processor, whoever else uses it; 15 s on two free cores
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rewards = [json.loads(line)["reward"] for line in lines]
     assert sum(rewards[-5:]) / 5 >= sum(rewards[:3]) / 3 + 0.4

@@ -1,20 +1,32 @@
-"""Runs `interpreted/` under Triton's interpreter, in a process of its own (see conftest.py)."""
+"""Runs `interpreted/` under Triton's interpreter, in processes of their own (see conftest.py)."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
+FILES = {*HERE.glob("interpreted/test_*.py"), HERE / "test_scans.py"}
+HEAD = {HERE / "interpreted" / name for name in ("test_head_modes.py", "test_linear_ops.py")}
 
-def test_kernels_under_the_interpreter(root):
+
+@pytest.mark.parametrize(
+    ("files", "marks"),
+    [
+        pytest.param(HEAD, "not slow", id="head"),
+        pytest.param(FILES - HEAD, "not slow", id="rows-and-scans"),
+        pytest.param(FILES, "slow", id="slow", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_under_the_interpreter(root, files, marks):
     pytest.importorskip("triton")
-    tests = [str(root / "tests" / "kernels" / name) for name in ("interpreted", "test_scans.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sorted(files)]
     run = subprocess.run(
-        [*command, "-m", "not gpu"],
+        [*command, "-m", f"{marks} and not gpu"],
         cwd=root,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,

