@@ -207,7 +207,7 @@ class PackedSequences:
         response) is in `response_mask`, with `loss_mask` False.
 
         Args:
-            ids: (B, L) token ids.
+            ids: (B, L) token ids; this and the masks may be numpy arrays or lists too.
             prompt_mask: (B, L) bool or 0 and 1, the prompt's tokens, at least one in each row.
             response_mask: (B, L) likewise, the tokens after the prompt.
             loss_mask: (B, L) likewise, which of these have a loss; None: all of them.
@@ -219,8 +219,9 @@ class PackedSequences:
             ValueError: masks of another shape than ids, that overlap, or with a prompt's token
                 after a response's; a row without a prompt.
         """
+        ids = torch.as_tensor(ids)
         host = {"prompt_mask": prompt_mask, "response_mask": response_mask, "loss_mask": loss_mask}
-        masks = {k: _mask(k, x, ids) for k, x in host.items() if x is not None}
+        masks = {k: _mask(k, torch.as_tensor(x), ids) for k, x in host.items() if x is not None}
         prompt, response = masks["prompt_mask"], masks["response_mask"]
         for row in np.flatnonzero(~prompt.any(1))[:1]:
             raise ValueError(f"prompt_mask: expected a token in each row, got none in row {row}")

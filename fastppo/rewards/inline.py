@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from fastppo.rewards.functions import BoundFunction
-from fastppo.rewards.isolation import Call, Task
+from fastppo.rewards.isolation import Attempt, Task
 from fastppo.rewards.outcome import NO_ROW, Outcome, WatchedList, checked, failed, suspect_of
 from fastppo.training import interrupts
 
@@ -67,7 +67,7 @@ def run(
 
 
 def _call(
-    function: BoundFunction, call: Call, provided: Mapping[str, Sequence[Any]]
+    function: BoundFunction, call: Attempt, provided: Mapping[str, Sequence[Any]]
 ) -> Outcome | Future[Outcome]:
     ends = time.monotonic() + call.pause
     while (left := ends - time.monotonic()) > 0:

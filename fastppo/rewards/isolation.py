@@ -30,8 +30,8 @@ _PAUSE = 0.1  # seconds before the first retry; doubles with each
 
 
 @dataclass(frozen=True)
-class Call:
-    """Call the function on these rows of the batch, not before `pause` seconds have passed."""
+class Attempt:
+    """A call of the function on these rows of the batch, not before `pause` seconds have passed."""
 
     rows: Sequence[int]
     pause: float = 0.0
@@ -63,7 +63,7 @@ class Task:
         self._search_seconds = _SEARCH_LIMITS * timeout
         self._search_ends: float | None = None
         self._steps = self._score(list(rows))
-        self.call: Call | None = next(self._steps, None)  # what comes next; None at the end
+        self.call: Attempt | None = next(self._steps, None)  # what comes next; None at the end
 
     def advance(self, outcome: Outcome) -> None:
         """Take what came of `call`, and set the next one.
@@ -76,10 +76,10 @@ class Task:
         except StopIteration:
             self.call = None
 
-    def _score(self, rows: list[int]) -> Generator[Call, Outcome, None]:
+    def _score(self, rows: list[int]) -> Generator[Attempt, Outcome, None]:
         tries = 0
         while rows:
-            outcome = yield Call(rows, backoff(_PAUSE, tries))
+            outcome = yield Attempt(rows, backoff(_PAUSE, tries))
             failure = outcome.failure
             if failure is None:
                 yield from self._accept(rows, outcome)
@@ -100,7 +100,7 @@ class Task:
             del rows[bad]
             tries = 0
 
-    def _accept(self, rows: Sequence[int], outcome: Outcome) -> Generator[Call, Outcome, None]:
+    def _accept(self, rows: Sequence[int], outcome: Outcome) -> Generator[Attempt, Outcome, None]:
         """Keep the scores; try again, or lose, the samples whose own score is bad."""
         assert outcome.scores is not None
         self._scores[rows] = outcome.scores
@@ -111,12 +111,12 @@ class Task:
             if alone is None or alone.problem:
                 self._lose([row], replace(problem, sample=0), outcome)
 
-    def _alone(self, row: int, tries: int) -> Generator[Call, Outcome, Outcome | None]:
+    def _alone(self, row: int, tries: int) -> Generator[Attempt, Outcome, Outcome | None]:
         """Call the function on one row up to `tries` times; its score is kept once it has one."""
         outcome = None
         for attempt in range(tries):
             retry = 1 + attempt if self._declared.retries else 0
-            outcome = yield Call([row], backoff(_PAUSE, retry))
+            outcome = yield Attempt([row], backoff(_PAUSE, retry))
             if outcome.scores is not None and not outcome.problems:
                 self._scores[row] = outcome.scores[0]
                 break
@@ -139,7 +139,7 @@ class Task:
 
     def _try_suspect(
         self, rows: Sequence[int], outcome: Outcome
-    ) -> Generator[Call, Outcome, int | None]:
+    ) -> Generator[Attempt, Outcome, int | None]:
         """Call the suspect alone. Its position in `rows` if it is lost, None if it is innocent."""
         suspect = outcome.suspect
         if suspect is None:
@@ -152,13 +152,13 @@ class Task:
 
     def _bisect(
         self, rows: Sequence[int], outcome: Outcome
-    ) -> Generator[Call, Outcome, int | None]:
+    ) -> Generator[Attempt, Outcome, int | None]:
         """The position of a row that fails alone and is lost; None if there is none."""
         low, high = 0, len(rows)
         alone: Outcome | None = None
         while high - low > 1:
             middle = (low + high) // 2
-            part = yield Call(rows[low:middle])
+            part = yield Attempt(rows[low:middle])
             if part.failure:
                 high, alone = middle, part
             else:
@@ -172,7 +172,7 @@ class Task:
 
     def _no_single(
         self, rows: list[int], failure: Problem, outcome: Outcome
-    ) -> Generator[Call, Outcome, None]:
+    ) -> Generator[Attempt, Outcome, None]:
         if self._declared.idempotent:  # it fails now and then: smaller calls fail less
             yield from self._score(rows[: len(rows) // 2])
             yield from self._score(rows[len(rows) // 2 :])

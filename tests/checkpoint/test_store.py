@@ -88,10 +88,10 @@ def test_state_comes_back_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"a": [1.0, float("nan")]}, r"state\['a'\]\[1\]: expected a finite number, got nan"),
-        ({"a": {"b": -float("inf")}}, r"state\['a'\]\['b'\]: expected a finite .* got -inf"),
-        ({"a": {3: 4}}, r"state\['a'\]: expected keys that are strings, got 3"),
-        ({"a": (1, 2)}, r"state\['a'\]: expected a dict, list, .* got \(1, 2\). Convert it"),
+        ({"a": [1.0, float("nan")]}, r"state\['a'\]\[1\]: .*got nan"),
+        ({"a": {"b": -float("inf")}}, r"state\['a'\]\['b'\]: .*got -inf"),
+        ({"a": {3: 4}}, r"state\['a'\]: .*got 3"),
+        ({"a": (1, 2)}, r"state\['a'\]: .*got \(1, 2\)"),
         ({"a": torch.ones(1)}, r"state\['a'\]: .* or save it as a tensor"),
     ],
 )
@@ -107,11 +107,11 @@ def test_state_that_would_come_back_different_is_refused(
 @pytest.mark.parametrize("name", ["", ".a", "a/b", "..", "a.partial", "a b", "a\n"])
 def test_names_are_plain(tmp_path: Path, name: str) -> None:
     made = CheckpointStore(tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match="name: expected letters"):
+    with pytest.raises(ValueError, match="^name: expected"):
         made.save(name, tensors(1), {})
-    with pytest.raises(ValueError, match="name: expected letters"):
+    with pytest.raises(ValueError, match="^name: expected"):
         made.save("a", {name: {}}, {})
-    with pytest.raises(ValueError, match="score: expected a finite number"):
+    with pytest.raises(ValueError, match="^score: expected"):
         made.save("a", {}, {}, score=float("nan"))
     with pytest.raises(ValueError, match="keep_last"):
         CheckpointStore(tmp_path, keep_last=0)

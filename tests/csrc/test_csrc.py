@@ -180,7 +180,7 @@ def test_the_plan_lets_its_sources_go() -> None:
         source.append(3)
     del plan
     source.append(3)
-    with pytest.raises(ValueError, match="responses: expected 1 sequences"):
+    with pytest.raises(ValueError, match="^responses: expected"):
         _C.PackPlan([source], [])
     source.append(4)
 
@@ -238,7 +238,7 @@ REFUSALS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         ([[1], [2]], [[1], [3, 2**31]]),
         {},
         ValueError,
-        r"responses\[1\]\[1\]: expected a token id in 0\.\.2147483647, got 2147483648",
+        r"responses\[1\]\[1\]: .*got 2147483648",
     ),
     "token past int64": (([[2**70]], [[1]]), {}, ValueError, r"prompts\[0\]\[0\]: .*int64"),
     "negative token, flat": (
@@ -251,13 +251,13 @@ REFUSALS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         ([[1], []], [[1], [1]]),
         {},
         ValueError,
-        r"prompts\[1\]: expected ≥ 1 token, got 0",
+        r"prompts\[1\]: .*got 0",
     ),
     "empty prompt, flat": (
         (np.array([1]), [[1], [1]]),
         {"prompt_lengths": [1, 0]},
         ValueError,
-        r"prompt_lengths\[1\]: expected ≥ 1 token, got 0",
+        r"prompt_lengths\[1\]: .*got 0",
     ),
     "negative length": (
         (np.array([1]), [[1], [1]]),
@@ -275,13 +275,13 @@ REFUSALS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         (np.array([1, 2]), [[1]]),
         {"prompt_lengths": [3]},
         ValueError,
-        r"prompts: expected 3 values, the sum of prompt_lengths, got 2",
+        r"prompts: .*got 2",
     ),
     "fewer responses": (
         ([[1], [2]], [[1]]),
         {},
         ValueError,
-        r"responses: expected 2 sequences, one per prompt, got 1",
+        r"responses: .*got 1",
     ),
     "lengths past int32": (
         (np.array([1]), [[1], [1]]),
@@ -311,13 +311,13 @@ REFUSALS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         ([[1]], [[1, 2]]),
         {"rollout_logprobs": [[0.0]]},
         ValueError,
-        r"rollout_logprobs\[0\]: expected 2 values, one per response token, got 1",
+        r"rollout_logprobs\[0\]: .*got 1",
     ),
     "log-probs of too few sequences": (
         ([[1]], [[1]]),
         {"rollout_logprobs": []},
         ValueError,
-        r"rollout_logprobs: expected 1 sequences, one per response, got 0",
+        r"rollout_logprobs: .*got 0",
     ),
     "integer log-probs": (
         ([[1]], [[1]]),
@@ -341,7 +341,7 @@ REFUSALS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         ([[1]], [[1]]),
         {"rollout_logprobs": [["x"]]},
         TypeError,
-        r"rollout_logprobs\[0\]\[0\]: expected a float, got str",
+        r"rollout_logprobs\[0\]\[0\]: .*got str",
     ),
     "integer mask": (
         ([[1]], [[1]]),
@@ -353,13 +353,13 @@ REFUSALS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         ([[1]], [[1]]),
         {"loss_mask": [[1]]},
         TypeError,
-        r"loss_mask\[0\]\[0\]: expected a bool, got int",
+        r"loss_mask\[0\]\[0\]: .*got int",
     ),
     "truncated of another size": (
         ([[1]], [[1]]),
         {"truncated": [True, False]},
         ValueError,
-        r"truncated: expected 1 values, one per sequence, got 2",
+        r"truncated: .*got 2",
     ),
 }
 
@@ -386,11 +386,11 @@ def test_a_list_that_shrinks_while_it_is_read() -> None:
 
 def test_fill_refuses_buffers_it_cannot_use() -> None:
     plan = _C.PackPlan([[1]], [[2]])
-    with pytest.raises(ValueError, match=rf"out: expected ≥ {plan.nbytes} bytes, got 1"):
+    with pytest.raises(ValueError, match=r"^out: .*got 1"):
         plan.fill(aligned(1))
     with pytest.raises(ValueError, match=r"out: .*multiple of 128, got one 4 past it"):
         plan.fill(aligned(plan.nbytes + 4)[4:])
-    with pytest.raises(TypeError, match=r"out: expected a writable contiguous buffer, got bytes"):
+    with pytest.raises(TypeError, match=r"^out: .*got bytes"):
         plan.fill(bytes(plan.nbytes))
     with pytest.raises(TypeError, match="out: .*Tensor"):
         plan.fill(torch.zeros(plan.nbytes, dtype=torch.uint8))
@@ -422,24 +422,24 @@ def test_lengths_in_every_form(convert: Any) -> None:
 
 
 def test_bins_refuse() -> None:
-    with pytest.raises(ValueError, match=r"token_budget: expected ≥ 9, .*\(lengths\[1\]\), got 8"):
+    with pytest.raises(ValueError, match=r"^token_budget: .*got 8"):
         _C.bins([3, 9], 8)
-    with pytest.raises(ValueError, match=r"token_budget: expected ≥ 1, got 0"):
+    with pytest.raises(ValueError, match=r"^token_budget: .*got 0"):
         _C.bins([], 0)
-    with pytest.raises(ValueError, match=r"lengths\[0\]: expected ≥ 0, got -1"):
+    with pytest.raises(ValueError, match=r"^lengths\[0\]: .*got -1"):
         _C.bins([-1], 8)
     for wrong in (8.0, True, "8", None):
-        with pytest.raises(TypeError, match=r"token_budget: expected an integer, got"):
+        with pytest.raises(TypeError, match=r"^token_budget: expected"):
             _C.bins([1], wrong)  # type: ignore[arg-type] # what is being tested
 
 
 def test_partition_refuses() -> None:
     for k in (0, -1):
-        with pytest.raises(ValueError, match=rf"k: expected ≥ 1, got {k}"):
+        with pytest.raises(ValueError, match=rf"^k: .*got {k}"):
             _C.partition([1], k)
-    with pytest.raises(ValueError, match=r"k: expected ≤ 1048576"):
+    with pytest.raises(ValueError, match=r"^k: expected"):
         _C.partition([1], 2**40)
-    with pytest.raises(ValueError, match="lengths: expected a sum within int64"):
+    with pytest.raises(ValueError, match="^lengths: expected"):
         _C.partition([2**63 - 1, 1], 2)
     with pytest.raises(TypeError, match="lengths: .*float64"):
         _C.partition(np.ones(2), 2)
@@ -492,26 +492,26 @@ def test_anything_is_packed_or_refused(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"cu_seqlens": [1, 4]}, ValueError, "cu_seqlens: expected offsets from 0 to 4, got 1 to"),
+        ({"cu_seqlens": [1, 4]}, ValueError, "cu_seqlens: .*got 1 to"),
         ({"cu_seqlens": []}, ValueError, "cu_seqlens: .*got none"),
         ({"cu_seqlens": [0, 3, 2, 4]}, ValueError, r"cu_seqlens\[2\]: expected ≥ 3, got 2"),
-        ({"cu_seqlens": [0, 2**40, 4]}, ValueError, r"cu_seqlens\[2\]: expected ≥ 1099511627776"),
+        ({"cu_seqlens": [0, 2**40, 4]}, ValueError, r"cu_seqlens\[2\]: expected"),
         ({"cu_seqlens": [0.0, 4.0]}, TypeError, "cu_seqlens"),
         ({"values": np.zeros(4, np.int32)}, TypeError, "values: .*int32"),
-        ({"rewards": np.zeros(4)}, ValueError, "rewards: expected 4 contiguous float32, got 4 flo"),
-        ({"rewards": np.zeros(3, np.float32)}, ValueError, "rewards: expected 4 .* got 3 float32"),
+        ({"rewards": np.zeros(4)}, ValueError, "rewards: .*got 4 flo"),
+        ({"rewards": np.zeros(3, np.float32)}, ValueError, "rewards: .*got 3 float32"),
         ({"kl": np.zeros(8, np.float32)[::2]}, ValueError, "kl: .*with a stride of 8 bytes"),
         ({"mask": np.zeros(4, np.float32)}, TypeError, "mask: expected .*bools"),
-        ({"mask": np.zeros(5, bool)}, ValueError, "mask: expected 4 contiguous bool, got 5"),
+        ({"mask": np.zeros(5, bool)}, ValueError, "mask: .*got 5"),
         ({"bootstrap": np.zeros(2, np.float32)}, ValueError, "bootstrap: expected 1"),
         ({"scores": np.zeros(4, np.float32)}, ValueError, "scores: expected 1"),
-        ({"gamma": np.zeros(1, np.float32)}, ValueError, "gamma: expected 1 contiguous float64"),
+        ({"gamma": np.zeros(1, np.float32)}, ValueError, "gamma: expected"),
         ({"gamma": None}, TypeError, "gamma, gae_lambda: expected numbers, got None"),
-        ({"mask_mode": "zero"}, ValueError, "mask_mode: expected carry, dense-zero or none, got"),
+        ({"mask_mode": "zero"}, ValueError, "mask_mode: expected"),
         ({"returns": np.zeros(3, np.float32)}, ValueError, "returns: .*buffer of 4 float32, got 3"),
         ({"returns": np.zeros(4)}, ValueError, "returns: .*got 4 float64"),
-        ({"advantages": b"0123"}, TypeError, "advantages: expected a writable .*got bytes"),
-        ({"advantages": [0.0] * 4}, TypeError, "advantages: expected a writable .*got list"),
+        ({"advantages": b"0123"}, TypeError, "advantages: .*got bytes"),
+        ({"advantages": [0.0] * 4}, TypeError, "advantages: .*got list"),
     ],
 )
 def test_gae_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -222,12 +222,12 @@ def test_flat_arrays_pack_like_ragged_ones() -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"values": torch.zeros(2)}, ValueError, r"values: expected shape \(3,\), got \(2,\)"),
-        ({"advantages": torch.zeros(3, 1)}, ValueError, r"advantages: expected shape \(3,\)"),
-        ({"bootstrap": torch.zeros(3)}, ValueError, r"bootstrap: expected shape \(2,\)"),
+        ({"values": torch.zeros(2)}, ValueError, r"values: .*got \(2,\)"),
+        ({"advantages": torch.zeros(3, 1)}, ValueError, r"advantages: expected"),
+        ({"bootstrap": torch.zeros(3)}, ValueError, r"bootstrap: expected"),
         ({"rewards": torch.zeros(3, dtype=torch.int64)}, TypeError, "rewards: .*got torch.int64"),
-        ({"loss_mask": torch.ones(3)}, TypeError, "loss_mask: expected torch.bool, got"),
-        ({"targets": torch.ones(3).long()}, TypeError, "targets: expected torch.int32, got"),
+        ({"loss_mask": torch.ones(3)}, TypeError, "loss_mask: expected"),
+        ({"targets": torch.ones(3).long()}, TypeError, "targets: expected"),
         ({"values": torch.zeros(3, device="meta")}, ValueError, "values: .*on cpu, got meta"),
         ({"cu_responses_host": np.zeros(2, np.int32)}, ValueError, "cu_responses_host: expected"),
     ],
@@ -243,9 +243,9 @@ def test_fields_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("indices", "error", "message"),
     [
-        ([0, 2], ValueError, r"indices\[1\]: expected 0 ≤ index < 2, .*got 2"),
+        ([0, 2], ValueError, r"indices\[1\]: .*got 2"),
         ([-1], ValueError, r"indices\[0\]: .*got -1"),
-        ([0.0], TypeError, "indices: expected a 1-D sequence of integers, got float64"),
+        ([0.0], TypeError, "indices: .*got float64"),
         ([True, False], TypeError, "indices: .*got bool"),
         ([[0]], TypeError, "indices: .*shape"),
         (torch.tensor(1), TypeError, "indices: .*shape"),
@@ -258,9 +258,9 @@ def test_select_refuses(indices: Any, error: type[Exception], message: str) -> N
 
 def test_unpack_refuses_other_lengths() -> None:
     batch = PackedBatch.pack([[1], [2]], [[3, 4], [5]])
-    with pytest.raises(ValueError, match=r"x: expected shape \(3,\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"^x: .*got \(2,\)"):
         batch.unpack(torch.zeros(2))
-    with pytest.raises(ValueError, match=r"x: expected shape \(3,\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"^x: .*got \(2,\)"):
         batch.unpack(np.zeros(2))
 
 
@@ -268,7 +268,7 @@ def test_ragged_arithmetic() -> None:
     lengths = np.array([2, 0, 3], np.int32)
     assert offsets(lengths).tolist() == [0, 2, 2, 5]
     assert ragged_arange(np.array([10, 5, 0], np.int32), lengths).tolist() == [10, 11, 0, 1, 2]
-    with pytest.raises(ValueError, match=r"lengths: expected a sum ≤ 2147483647 .*got 4294967294"):
+    with pytest.raises(ValueError, match=r"^lengths: .*got 4294967294"):
         offsets(np.full(2, 2**31 - 1, np.int32))
 
 
@@ -335,13 +335,20 @@ def test_masks_that_make_no_sense_are_refused(masks: tuple[Tensor, ...], name: s
         PackedSequences.from_padded(IDS, *masks)
 
 
+def test_arrays_are_as_good_as_tensors() -> None:
+    arrays = (x.numpy() for x in (IDS, PROMPT, RESPONSE))
+    same(PackedBatch.from_padded(*arrays), PackedBatch.from_padded(IDS, PROMPT, RESPONSE))
+    lists: Any = [x.tolist() for x in (IDS, PROMPT, RESPONSE)]
+    same(PackedBatch.from_padded(*lists), PackedBatch.from_padded(IDS, PROMPT, RESPONSE))
+
+
 def test_to_padded_refuses_other_shapes() -> None:
     batch = PackedBatch.from_padded(IDS, PROMPT, RESPONSE)
-    with pytest.raises(ValueError, match="x: expected shape"):
+    with pytest.raises(ValueError, match="^x: expected"):
         batch.to_padded(torch.zeros(5), RESPONSE)
-    with pytest.raises(ValueError, match="response_mask: expected shape"):
+    with pytest.raises(ValueError, match="^response_mask: expected"):
         batch.to_padded(torch.zeros(6), RESPONSE[:2])
-    with pytest.raises(ValueError, match="response_mask: expected 6 tokens, got 5"):
+    with pytest.raises(ValueError, match="^response_mask: .*got 5"):
         batch.to_padded(torch.zeros(6), RESPONSE & TOOL)
-    with pytest.raises(ValueError, match="rollout_logprobs: expected shape"):
+    with pytest.raises(ValueError, match="^rollout_logprobs: expected"):
         PackedBatch.from_padded(IDS, PROMPT, RESPONSE, rollout_logprobs=torch.zeros(3, 2))

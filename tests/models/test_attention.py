@@ -150,7 +150,7 @@ def test_poisoned_neighbour_leaves_a_sequence_bitwise_alone(family: str, precisi
 
 def test_a_packed_model_called_without_boundaries_raises() -> None:
     packed_model = PackedModel(make_model("llama"))
-    with pytest.raises(ValueError, match=r"cu_seqlens: expected the sequence boundaries"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens: expected"):
         packed_model.model(torch.ones(1, 4, dtype=torch.long))
 
 

@@ -114,12 +114,12 @@ def test_custom_op(rng):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"rewards": torch.zeros(4, 3)}, ValueError, r"rewards: expected shape \(4, 2\)"),
-        ({"values": torch.zeros(4)}, ValueError, r"values: expected shape \(T, E\), got \(4,\)"),
-        ({"next_value": torch.zeros(4)}, ValueError, r"next_value: expected shape \(2,\)"),
+        ({"rewards": torch.zeros(4, 3)}, ValueError, r"rewards: expected"),
+        ({"values": torch.zeros(4)}, ValueError, r"values: .*got \(4,\)"),
+        ({"next_value": torch.zeros(4)}, ValueError, r"next_value: expected"),
         ({"terminated": torch.zeros(4, 2)}, TypeError, "terminated: expected dtype bool"),
         ({"truncated": torch.zeros(4, 2).bool()}, ValueError, "final_values: truncated needs"),
-        ({"final_values": torch.zeros(4)}, ValueError, r"final_values: expected shape \(4, 2\)"),
+        ({"final_values": torch.zeros(4)}, ValueError, r"final_values: expected"),
         ({"gamma": 1.1}, ValueError, r"gamma: .*\[0, 1\], got 1.1"),
         ({"gae_lambda": -1.0}, ValueError, "gae_lambda"),
     ],

@@ -95,14 +95,14 @@ def test_dtypes(dtype, rng):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="kind: expected one of grpo, dr_grpo, rloo, reinforce"):
+    with pytest.raises(ValueError, match="^kind: expected"):
         group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.long), kind="ppo")
     with pytest.raises(TypeError, match="group_ids: .*int32 or int64, got float32"):
         group_advantages(torch.zeros(2), torch.zeros(2), kind="grpo")
-    with pytest.raises(ValueError, match="group_ids: expected device cpu, got meta"):
+    with pytest.raises(ValueError, match="^group_ids: .*got meta"):
         ids = torch.zeros(2, dtype=torch.long, device="meta")
         group_advantages(torch.zeros(2), ids, kind="grpo")
     with pytest.raises(TypeError, match="scores: .*got int64"):
         group_advantages(torch.zeros(2).long(), torch.zeros(2).long(), kind="grpo")
-    with pytest.raises(ValueError, match=r"group_ids: expected shape \(2,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"^group_ids: .*got \(3,\)"):
         group_advantages(torch.zeros(2), torch.zeros(3, dtype=torch.long), kind="grpo")

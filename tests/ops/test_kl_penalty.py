@@ -81,11 +81,11 @@ def test_compiles_without_a_graph_break(estimator, rng):
 
 def test_empty_and_bad_arguments():
     assert kl_penalty(torch.zeros(0), torch.zeros(0), estimator="k3").shape == (0,)
-    with pytest.raises(ValueError, match="estimator: expected one of k1, k2, k3, got 'k4'"):
+    with pytest.raises(ValueError, match="^estimator: .*got 'k4'"):
         kl_penalty(torch.zeros(2), torch.zeros(2), estimator="k4")
-    with pytest.raises(ValueError, match="ref_logprobs: expected device cpu, got meta"):
+    with pytest.raises(ValueError, match="^ref_logprobs: .*got meta"):
         kl_penalty(torch.zeros(2), torch.zeros(2, device="meta"), estimator="k1")
-    with pytest.raises(TypeError, match="logprobs: expected dtype float16 or .* got int64"):
+    with pytest.raises(TypeError, match="^logprobs: .*got int64"):
         kl_penalty(torch.zeros(2).long(), torch.zeros(2), estimator="k1")
-    with pytest.raises(ValueError, match=r"ref_logprobs: expected shape \(2,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"^ref_logprobs: .*got \(3,\)"):
         kl_penalty(torch.zeros(2), torch.zeros(3), estimator="k1")

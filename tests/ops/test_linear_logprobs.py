@@ -158,11 +158,11 @@ def test_no_full_logits_are_saved(rng):
         (
             {"hidden": torch.zeros(2, 4)},
             ValueError,
-            r"weight: expected shape \(V, 4\), got \(5, 3\)",
+            r"weight: .*got \(5, 3\)",
         ),
         ({"hidden": torch.zeros(2, 3).bfloat16()}, TypeError, "one dtype outside autocast"),
         ({"targets": torch.tensor([0, 5])}, ValueError, r"targets: .*got 5"),
-        ({"bias": torch.zeros(4)}, ValueError, r"bias: expected shape \(5,\), got \(4,\)"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias: .*got \(4,\)"),
         ({"softcap": 0.0}, ValueError, "softcap: .* > 0, got 0.0"),
         ({"chunk_bytes": 0}, ValueError, "chunk_bytes: .* > 0, got 0"),
         ({"temperature": -1.0}, ValueError, "temperature: .* > 0, got -1.0"),

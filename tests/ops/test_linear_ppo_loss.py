@@ -134,7 +134,7 @@ def test_a_known_number_of_live_rows_changes_nothing(option, rng):
     for a, b in zip(known, counted, strict=True):
         assert torch.equal(a, b)
     for wrong in (live - 1, live + 1, -1, N + 1):
-        with pytest.raises(ValueError, match="num_live: expected"):
+        with pytest.raises(ValueError, match="^num_live: expected"):
             run(linear_ppo_loss, leaves, targets, rows, config, num_live=wrong)
 
 
@@ -256,5 +256,5 @@ def test_bad_arguments_are_named(rng):
             PPOLossConfig(kl_coef=0.1),
         )
     rows["advantages"] = rows["advantages"][1:]
-    with pytest.raises(ValueError, match=r"advantages: expected shape \(61,\), got \(60,\)"):
+    with pytest.raises(ValueError, match=r"^advantages: .*got \(60,\)"):
         linear_ppo_loss(hidden, weight, targets, config=PPOLossConfig(), **rows)

@@ -76,15 +76,15 @@ def test_compiles_without_a_graph_break(aggregation, mask):
 
 
 def test_bad_arguments_are_named(mask):
-    with pytest.raises(ValueError, match="aggregation: expected one of token-mean"):
+    with pytest.raises(ValueError, match="^aggregation: expected"):
         loss_weights(CU, mask, aggregation="mean", total=1)
-    with pytest.raises(ValueError, match="total: expected a count >= 0, got -1"):
+    with pytest.raises(ValueError, match="^total: .*got -1"):
         loss_weights(CU, mask, aggregation="token-mean", total=-1)
     with pytest.raises(ValueError, match=r"total: .* got shape \(1,\)"):
         loss_weights(CU, mask, aggregation="token-mean", total=torch.ones(1))
-    with pytest.raises(TypeError, match="mask: expected dtype bool"):
+    with pytest.raises(TypeError, match="^mask: expected"):
         loss_weights(CU, mask.float(), aggregation="token-mean", total=1)
-    with pytest.raises(ValueError, match="cu_seqlens: expected device cpu, got meta"):
+    with pytest.raises(ValueError, match="^cu_seqlens: .*got meta"):
         loss_weights(CU.to("meta"), mask, aggregation="token-mean", total=1)
     with pytest.raises(ValueError, match="cu_seqlens: .*rows 15, got 5"):
         loss_weights(CU[:4], mask, aggregation="token-mean", total=1)

@@ -360,15 +360,15 @@ def test_missing_inputs_are_named(config, message):
 
 def test_bad_shapes_are_named():
     z = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"advantages: expected shape \(3,\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"^advantages: .*got \(2,\)"):
         ppo_loss(z, z, z[:2], z, PPOLossConfig())
     with pytest.raises(TypeError, match="weights: .* got bool"):
         ppo_loss(z, z, z, z.bool(), PPOLossConfig())
-    with pytest.raises(ValueError, match="old_logprobs: expected device cpu, got meta"):
+    with pytest.raises(ValueError, match="^old_logprobs: .*got meta"):
         ppo_loss(z, z.to("meta"), z, z, PPOLossConfig())
-    with pytest.raises(ValueError, match=r"entropy: expected shape \(3,\), got \(1,\)"):
+    with pytest.raises(ValueError, match=r"^entropy: .*got \(1,\)"):
         ppo_loss(z, z, z, z, PPOLossConfig(), entropy=z[:1])
-    with pytest.raises(TypeError, match="config: expected a PPOLossConfig, got dict"):
+    with pytest.raises(TypeError, match="^config: .*got dict"):
         ppo_loss(z, z, z, z, {})
 
 
@@ -378,15 +378,15 @@ def test_the_extension_refuses_other_arrays():
     numbers |= {"dual_clip": math.inf, "kl": 3, "correction": 0, "is_high": 1.0}
     good = [entries, x.copy(), None, x, None, x, x, x, None, None]
     for at, bad, message in (
-        (7, x[:2], "weights: expected 3 contiguous float32, got 2 of format 'f' in 1 dimensions"),
+        (7, x[:2], "weights: .*got 2"),
         (
             5,
             x.astype("float64"),
-            "old_logprobs: expected 3 contiguous float32, got 3 of .*'d'",
+            "old_logprobs: .*got 3 of .*'d'",
         ),
-        (8, torch.zeros(6).numpy()[::2], "ref_logprobs: expected 3 contiguous float32"),
-        (0, entries[:19], "entries: expected 20 writable contiguous float64, got 19"),
-        (6, None, "advantages: expected 3 contiguous float32, got NoneType"),
+        (8, torch.zeros(6).numpy()[::2], "ref_logprobs: expected"),
+        (0, entries[:19], "entries: .*got 19"),
+        (6, None, "advantages: .*got NoneType"),
     ):
         arguments = [*good[:at], bad, *good[at + 1 :]]
         with pytest.raises((TypeError, ValueError), match=message):

@@ -163,18 +163,18 @@ def test_bad_arguments_are_named():
     z = torch.zeros(3)
     with pytest.raises(ValueError, match="old_values: clip = 0.2 needs"):
         value_loss(z, None, z, z)
-    with pytest.raises(ValueError, match="clip: expected None or a number >= 0, got -1"):
+    with pytest.raises(ValueError, match="^clip: .*got -1"):
         value_loss(z, z, z, z, clip=-1)
     for huber in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="huber: expected None or a number > 0, got"):
+        with pytest.raises(ValueError, match="^huber: expected"):
             value_loss(z, z, z, z, huber=huber)
-    with pytest.raises(ValueError, match=r"returns: expected shape \(3,\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"^returns: .*got \(2,\)"):
         value_loss(z, z, z[:2], z)
-    with pytest.raises(ValueError, match="returns: expected device cpu, got meta"):
+    with pytest.raises(ValueError, match="^returns: .*got meta"):
         value_loss(z, z, z.to("meta"), z)
-    with pytest.raises(ValueError, match="clip: expected None or a number >= 0, got nan"):
+    with pytest.raises(ValueError, match="^clip: .*got nan"):
         value_loss(z, z, z, z, clip=float("nan"))
     with pytest.raises(TypeError, match="weights: .* got bool"):
         value_loss(z, z, z, z.bool())
-    with pytest.raises(ValueError, match="vectors: expected 8 entries"):
+    with pytest.raises(ValueError, match="^vectors: expected"):
         combine_value_metrics([z])

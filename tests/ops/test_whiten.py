@@ -70,7 +70,7 @@ def test_custom_op(dtype, masked, rng):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(TypeError, match="mask: expected dtype bool, got float32"):
+    with pytest.raises(TypeError, match="^mask: .*got float32"):
         whiten(torch.zeros(3), torch.ones(3))
-    with pytest.raises(ValueError, match=r"x: expected shape \(N,\), got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"^x: .*got \(2, 2\)"):
         whiten(torch.zeros(2, 2))

@@ -273,7 +273,7 @@ def test_the_tokenizer_is_by_default_the_models_own(saved: Path, tmp_path: Path)
 
 
 def test_a_nameless_model_needs_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="processing_class: expected a tokenizer"):
+    with pytest.raises(ValueError, match="^processing_class: expected"):
         PPOTrainer(tiny_model(len(WORDS), 0), larger_digit, ROWS, config(tmp_path / "run"))
 
 

@@ -151,14 +151,14 @@ def test_any_set_of_bad_samples_is_found(size: int, data: st.DataObject) -> None
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"workers": -1}, "workers: expected an integer ≥ 0, got -1"),
-        ({"timeout": 0.0}, "timeout: expected a finite number > 0, got 0.0"),
-        ({"timeout": float("inf")}, "timeout: expected a finite number > 0, got inf"),
-        ({"memory_gb": -1.0}, "memory_gb: expected a finite number > 0, got -1.0"),
-        ({"max_failure_rate": 1.5}, r"max_failure_rate: expected a number in \[0, 1\], got 1.5"),
+        ({"workers": -1}, "workers: .*got -1"),
+        ({"timeout": 0.0}, "timeout: .*got 0.0"),
+        ({"timeout": float("inf")}, "timeout: .*got inf"),
+        ({"memory_gb": -1.0}, "memory_gb: .*got -1.0"),
+        ({"max_failure_rate": 1.5}, r"max_failure_rate: .*got 1.5"),
         (
             {"max_failure_rate": float("nan")},
-            r"max_failure_rate: expected a number in \[0, 1\], got nan",
+            r"max_failure_rate: .*got nan",
         ),
     ],
 )

@@ -427,7 +427,7 @@ def test_lora_policy_samples_from_the_adapter() -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([], "prompts: expected at least one, got none"),
+        ([], "prompts: .*got none"),
         ([[4], []], r"got an empty prompts\[1\]"),
         ([[4] * 60], "expected at most 54 tokens, so that 10 new ones fit"),
     ],
@@ -439,7 +439,7 @@ def test_unusable_prompts_are_refused(prompts: Any, message: str) -> None:
 
 
 def test_no_rows_at_all_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_rows: expected None or an integer ≥ 1, got 0"):
+    with pytest.raises(ValueError, match="^max_rows: .*got 0"):
         PackedEngine(make_policy(), max_rows=0).generate(make_prompts(), sampling())
 
 

@@ -119,6 +119,7 @@ def test_tensorboard_shows_a_repeated_iteration_once(
         writer.log({"iteration": iteration, "reward": 1.0})
     if again:
         writer.close()
+        time.sleep(1.01)  # files are read in the order of their names, which hold the second
         writer = open_writer(last)
     else:
         writer.rewind(last)

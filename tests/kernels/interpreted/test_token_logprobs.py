@@ -269,7 +269,7 @@ def test_repeats_are_bitwise_equal(rng):
 
 
 def test_float64_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"logits: expected dtype .* got float64; convert"):
+    with pytest.raises(TypeError, match=r"^logits: .*got float64"):
         token_logprobs(torch.zeros(2, 5, dtype=torch.float64), torch.tensor([0, 1]))
 
 
