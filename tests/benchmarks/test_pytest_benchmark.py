@@ -30,10 +30,12 @@ ops.whiten = lambda *args: [whiten(*args) for _ in range(10)][-1]
 def pytest_on(*args: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`python -m pytest` in a process of its own, at the root of the source tree."""
     found = os.pathsep.join(filter(None, (str(path), os.environ.get("PYTHONPATH"))))
+    # pytest-benchmark measures nothing where it takes itself for a worker of pytest-xdist
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": found, "COLUMNS": "250"},
+        env={**own, "PYTHONPATH": found, "COLUMNS": "250"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -67,6 +67,7 @@ def test_another_process_is_refused_until_the_holder_is_killed(tmp_path: Path) -
             assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
 
 
+@pytest.mark.slow
 def test_a_forked_process_does_not_keep_it(tmp_path: Path) -> None:
     with running(tmp_path, LOCK_AND_FORK) as (process, (line,)):
         child = int(line)
@@ -93,6 +94,7 @@ os.wait()
 """
 
 
+@pytest.mark.slow
 def test_a_forked_process_neither_holds_nor_releases_it(tmp_path: Path) -> None:
     with running(tmp_path, FORK_AND_LOCK) as (process, lines):
         holder = f"in use by process {process.pid} on"
@@ -157,6 +159,7 @@ def test_a_hard_link_to_another_file_leaves_that_as_it_is(tmp_path: Path) -> Non
     assert (tmp_path / "other").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_run_by_hard_links_does_not_give_its_lock_away(tmp_path: Path) -> None:
     run, copy = tmp_path / "run", tmp_path / "copy"
     lock_run_dir(run).lock.release()

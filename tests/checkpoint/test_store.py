@@ -220,6 +220,7 @@ print(memory("VmHWM") - before, memory("VmRSS") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_copy_in_memory(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -417,6 +418,7 @@ print(made.newest()[0].path.name, sorted(os.listdir(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_a_forked_process_does_not_write(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKED, tmp_path / "x"],

@@ -182,6 +182,7 @@ def test_a_failing_reward_is_one_line(project: Path, call: Call) -> None:
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_with_one_line(project: Path) -> None:
     # A shell's background job ignores SIGINT and passes that on: set it back first.
     restore = (
@@ -211,6 +212,7 @@ def test_ctrl_c_ends_a_run_with_one_line(project: Path) -> None:
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_doctor_passes_a_sound_model(project: Path, run: Run) -> None:
     out = run("doctor", "--model", "model").stdout
     assert not [check for check in CHECKS if check not in out]

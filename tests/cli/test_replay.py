@@ -70,6 +70,7 @@ def dump(bad: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bad / "run" / "dumps" / name, tmp_path / name))
 
 
+@pytest.mark.slow
 def test_the_step_is_the_recorded_one_in_another_process(bad: Path) -> None:
     """And what is wrong has a name: parameters, the operation, the sequence."""
     name = "iteration-000002-nonfinite"

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 
 EXTRAS = ("datasets", "pyarrow", "pandas", "peft", "tensorboard", "wandb", "trackio", "gguf")
@@ -34,6 +36,7 @@ for name in ("x.parquet", "folder"):
 """
 
 
+@pytest.mark.slow
 def test_text_files_need_no_extra_and_the_others_name_it(tmp_path: Path) -> None:
     tiny_model(len(WORDS), seed=0).save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")

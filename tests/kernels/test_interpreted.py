@@ -11,15 +11,17 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = {*HERE.glob("interpreted/test_*.py"), HERE / "test_scans.py"}
-HEAD = {HERE / "interpreted" / name for name in ("test_head_modes.py", "test_linear_ops.py")}
+LOSSES = {
+    HERE / "interpreted" / f"test_{name}.py" for name in ("last_block", "ppo_loss", "value_loss")
+}
 
 
 @pytest.mark.parametrize(
     ("files", "marks"),
     [
-        pytest.param(HEAD, "not slow", id="head"),
-        pytest.param(FILES - HEAD, "not slow", id="rows-and-scans"),
-        pytest.param(FILES, "slow", id="slow", marks=pytest.mark.slow),
+        pytest.param(LOSSES, "not slow", id="losses"),
+        pytest.param(FILES - LOSSES, "not slow", id="rows-and-scans", marks=pytest.mark.slow),
+        pytest.param(FILES, "slow", id="longest", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_under_the_interpreter(root, files, marks):

@@ -62,6 +62,7 @@ def test_advantages_of_a_group_sum_to_zero(kind, rng):
     assert abs(float(result.sum())) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_without_a_graph_break(kind, rng):
     """How many groups there are is data, and no shape depends on it."""

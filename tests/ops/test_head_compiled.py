@@ -88,6 +88,7 @@ def results(function, leaves, *rest):
     return out.detach(), *torch.autograd.grad(out, leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [False, True], ids=["counted", "known"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_one_graph_for_any_number_of_rows(name, known):

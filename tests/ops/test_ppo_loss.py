@@ -150,6 +150,7 @@ def test_custom_op(option, rng):
         torch.library.opcheck(op, arguments, test_utils=checks)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo
 @pytest.mark.parametrize("option", ["plain", "everything", "sequence"])
 def test_compiles_without_a_graph_break(option, rng):

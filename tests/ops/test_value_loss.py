@@ -55,6 +55,7 @@ def test_custom_op(rng):
         torch.library.opcheck(torch.ops.fastppo.value_loss.default, (v, old, returns, w, *optional))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo
 def test_compiles_without_a_graph_break(rng):
     v, old, returns, w = inputs(30, rng)

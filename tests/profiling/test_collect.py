@@ -162,6 +162,7 @@ def test_meta_says_what_was_profiled(profile: tuple[Path, Reward, list[str]]) ->
     assert min(meta.ceilings.copy_gb_s, meta.ceilings.fp32_tflops, meta.ceilings.bf16_tflops) > 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_what_was_traced(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with pytest.raises(interrupts.Interrupted):

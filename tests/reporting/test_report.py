@@ -169,6 +169,7 @@ def test_a_resumed_run_shows_each_iteration_once(tmp_path: Path) -> None:
     assert series == {"x": [1, 2, 3], "y": [0.0, 0.5, 0.6]}
 
 
+@pytest.mark.slow
 def test_long_runs_stay_small_and_keep_their_extremes(tmp_path: Path) -> None:
     rows = [
         {"iteration": i, "reward": math.sin(i / 300), **{key: math.sin(i * 1.7) for key in METRICS}}

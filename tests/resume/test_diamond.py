@@ -60,6 +60,7 @@ def test_the_diamond(
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_two_runs_without_a_signal_are_the_same(
     undisturbed: Path, project: Path, train: Train, differences: Differences
 ) -> None:

@@ -460,6 +460,7 @@ def test_bad_steps_before_a_signal_count(done: int, piece: str | None, tmp_path:
     history.train()
 
 
+@pytest.mark.slow
 def test_a_roll_back_after_a_resume_is_the_one_without_it(
     tmp_path: Path, differences: Differences
 ) -> None:
@@ -501,6 +502,7 @@ class ShortOfMemory(History):
         return rollouts
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_stopped_leaves_no_trace(
     tmp_path: Path, differences: Differences, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -523,6 +525,7 @@ def test_an_evaluation_that_is_stopped_leaves_no_trace(
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_reward_is_mended_between_two_processes(
     tmp_path: Path, differences: Differences, monkeypatch: pytest.MonkeyPatch
 ) -> None:

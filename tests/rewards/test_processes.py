@@ -231,6 +231,7 @@ def running(tmp_path: Path, end: str) -> Iterator[tuple[subprocess.Popen[str], i
                     os.killpg(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a parent's death")
 def test_a_parent_killed_takes_its_worker_and_its_locks_along(tmp_path: Path) -> None:
     with running(tmp_path, "rewards(['p'], ['hang'])") as (process, worker):
@@ -255,6 +256,7 @@ def test_ctrl_c_is_answered_at_once_and_quietly(tmp_path: Path) -> None:
         wait_for_end(worker, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["pass", "raise SystemExit(0)", "rewards.close()"])
 def test_a_program_that_does_not_close_ends_all_the_same(tmp_path: Path, end: str) -> None:
     with running(tmp_path, end) as (process, worker):

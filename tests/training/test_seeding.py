@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 from fastppo.training.seeding import derive_seed, generator
@@ -29,6 +30,7 @@ def test_the_parts_of_the_key_do_not_run_together() -> None:
     assert derive_seed(1, 1, "1/x") != derive_seed(1, 11, "x")
 
 
+@pytest.mark.slow
 def test_the_seed_is_the_same_in_every_process() -> None:
     """Python's own hash of a string would not be."""
     program = (
