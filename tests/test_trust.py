@@ -305,6 +305,7 @@ def files_below(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_writes_nothing_outside_its_folder(project: Path, tmp_path: Path) -> None:
     """Through a link too."""
     for name in ("home", "tmp", "disk"):

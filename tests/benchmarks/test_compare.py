@@ -43,6 +43,7 @@ def measured(case: Benchmark, measure: Measure) -> Result:
     return measure(case, budget=1.0, passes=3)
 
 
+@pytest.mark.slow
 def test_the_same_code_twice_is_not_slower(
     case: Benchmark, measure: Measure, measured: Result
 ) -> None:
@@ -52,6 +53,7 @@ def test_the_same_code_twice_is_not_slower(
     assert not any(change.worse for change in changes)
 
 
+@pytest.mark.slow
 def test_twice_the_work_is_slower_and_is_named(
     case: Benchmark,
     measure: Measure,

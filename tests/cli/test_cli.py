@@ -116,6 +116,7 @@ def test_version(run: Run) -> None:
     assert run("--version").stdout == f"fastppo {fastppo.__version__}\n"
 
 
+@pytest.mark.slow
 def test_train_reads_its_file_from_anywhere(project: Path, run: Run) -> None:
     (project / "elsewhere").mkdir()
     (project / "run.toml").rename(project / "elsewhere" / "run.toml")

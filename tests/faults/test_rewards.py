@@ -206,6 +206,7 @@ def train(*arguments: str) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "message"),
     [

@@ -40,12 +40,8 @@ def test_the_limits_name_every_case():
     assert all(limit.keys() == TARGETS.keys() for limit in limits.values())
 
 
-ONE = "sm_90"  # everyday; the others are slow
-
-
-@pytest.mark.parametrize(
-    "target", [t if t == ONE else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", cases())
 def test_compiles_within_limits(name, target):
     limit = json.loads(LIMITS.read_text())[name][target]
