@@ -128,7 +128,7 @@ if wanted first; then
   [ "$device" = cpu ] && tests=(-m "not gpu and not slow" tests/ops/test_gae.py tests/benchmarks)
   "$python" -c "import xdist" 2>/dev/null && tests+=(-n "$([ "$device" = cpu ] && echo 2 || echo 8)")
   jobs=()
-  stage tests 150 "$python" -m pytest -q -p no:cacheprovider -p no:benchmark \
+  stage tests 150 "$python" -m pytest -q -W default -p no:cacheprovider -p no:benchmark \
     "${tests[@]}" & jobs+=("tests:$!")
   stage smoke 100 "${smoke[@]}" & jobs+=("smoke:$!")
   stage demo 100 "$python" -m fastppo demo --device "$device" --output-dir "$results/demo" &
