@@ -66,8 +66,9 @@ class SyncCounter:
         self._device, self._phase = device, phase
         self._counts: Counter[tuple[str, Place, str]] = Counter()
         self._stack = contextlib.ExitStack()
-        self._operator = ""
-        """The operator under way; torch's warning does not name it."""
+        self._operator = self._latest = ""
+        """The operator under way, and the latest: torch's warning names none, and is told to Python
+        when the operator has ended."""
 
     @property
     def syncs(self) -> tuple[Sync, ...]:
@@ -98,7 +99,7 @@ class SyncCounter:
         finally:
             if waits and not outer and self._device.type != "cuda":
                 self._count()
-            self._operator = outer
+            self._latest, self._operator = self._operator, outer
 
     def _warned(self, message: Warning | str, *_: Any) -> bool:
         if not str(message).startswith(_WARNING):
@@ -109,7 +110,7 @@ class SyncCounter:
     def _count(self) -> None:
         place = _place(sys._getframe(1), skip=() if self._device.type == "cuda" else (_checks,))
         if place is not None:
-            self._counts[self._operator or "CUDA", place, self._phase()] += 1
+            self._counts[self._operator or self._latest or "CUDA", place, self._phase()] += 1
 
 
 class _Operators(TorchDispatchMode):

@@ -14,7 +14,6 @@ both gradients are 0. Logits float16, bfloat16 or float32; everything else float
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -35,15 +34,18 @@ LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # The order of a sum is part of its result: every kernel that computes statistics uses this table,
 # so that a log-probability is bitwise the same from each op and an on-policy ratio exactly 1.
-# The fastest of six candidates on an H200 (docs/gpu.md): several programs fill a multiprocessor,
-# one reading while another reduces.
+# Of six candidates on an H200 (docs/gpu.md) one of those within noise of the best, and the one that
+# spills nowhere: several programs fill a multiprocessor, one reading while another reduces.
 STATISTICS_LAUNCHES: Table = (
+    (1024, Launch(block=1024, num_warps=4)),
+    (float("inf"), Launch(block=4096, num_warps=8)),
+)
+# One tile per program; the best of the six.
+GRADIENT_LAUNCHES: Table = (
     (1024, Launch(block=1024, num_warps=4)),
     (16384, Launch(block=4096, num_warps=8)),
     (float("inf"), Launch(block=8192, num_warps=16)),
 )
-# One tile per program; chosen likewise.
-GRADIENT_LAUNCHES: Table = STATISTICS_LAUNCHES
 
 
 class RowStatistics(NamedTuple):
@@ -156,8 +158,7 @@ def token_logprobs_fwd(
     stats = RowStatistics(*(logits.new_empty(n, dtype=torch.float32) for _ in range(4)))
     if n == 0:
         return stats
-    # or ptxas spills on sm_100, to fit one program more
-    knobs = replace(choose(STATISTICS_LAUNCHES, vocab), max_registers=64)
+    knobs = choose(STATISTICS_LAUNCHES, vocab)
     launch(
         token_logprobs_fwd_kernel,
         (n,),

@@ -118,11 +118,10 @@ def test_on_policy_ratio_is_exactly_one(vocab, rng):
         "cuda", *draw(rng, torch.bfloat16, n=257, vocab=vocab)
     )
     ones = torch.ones(257, device="cuda")
-    logits = hidden @ weight.t()
-    for old in (
-        linear_logprobs(hidden, weight, targets).logprobs,
-        token_logprobs(logits, targets).logprobs,
-    ):
+    rounded = [linear_logprobs(hidden, weight, targets).logprobs]
+    if vocab % 16 == 0:  # rows of logits start where the op has them: another product rounds alike
+        rounded.append(token_logprobs(hidden @ weight.t(), targets).logprobs)
+    for old in rounded:
         out = linear_ppo_loss(hidden, weight, targets, old, advantages, ones, PPOLossConfig())
         metrics = reduce_ppo_metrics(out.metrics)
         assert float(metrics["ratio_max"]) == float(metrics["ratio"]) == 1.0
