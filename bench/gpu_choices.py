@@ -2,8 +2,9 @@
 
     python bench/gpu_choices.py [NAME ...] [--output FILE]
 
-Each choice is tried by itself and prints a few lines; one that fails prints its error and the rest
-goes on. Times are medians of CUDA events over random data, after a warm-up.
+Each choice is tried by itself and prints a few lines; one that fails prints its error, the rest
+goes on, and the exit status says so; one that lacks a package says which. Times are medians of CUDA
+events over random data, after a warm-up.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -304,16 +306,22 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(CHOICES), metavar="NAME")
     parser.add_argument("--output", default="gpu-choices.json")
     options = parser.parse_args()
+    failed: list[str] = []
     for name in options.names:
         start = time.perf_counter()
         try:
             CHOICES[name]()
+        except ImportError as error:
+            say(name, "missing", str(error).partition("\n")[0])
         except Exception:
+            failed.append(name)
             say(name, "failed", traceback.format_exc(limit=3))
         torch.cuda.empty_cache()
         say(name, "seconds", round(time.perf_counter() - start, 1))
         with open(options.output, "w", encoding="utf-8") as file:
             json.dump(RESULTS, file, indent=1)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

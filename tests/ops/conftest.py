@@ -1,4 +1,4 @@
-"""What every op test shares: tolerance by comparison, and `torch.empty` filled with NaN.
+"""What every op test shares: tolerance by comparison.
 
 `no_worse(result, plain, truth)`: the op may err against float64 as much as plain torch does in the
 same dtype, plus a hair. A fixed tolerance wide enough for bf16 would hide four digits of
