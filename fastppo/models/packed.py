@@ -86,7 +86,7 @@ class PackedModel:
         self.precision = precision
         self._rounded = setup.Rounded()
         self._adapter_off = False
-        self._attention = setup.AttentionSwitch([model])
+        self._attention = setup.AttentionSwitch(model)
         self._attention.set(packed=True)
         if gradient_checkpointing:
             setup.enable_checkpointing(setup.unwrap(model, name))

@@ -146,33 +146,31 @@ def enable_checkpointing(model: Any) -> None:
 
 
 class AttentionSwitch:
-    """Changes models between packed attention and the implementation they came with.
+    """Changes a model between packed attention and the implementation that its owner gave it, last
+    of all by `set_attn_implementation` while it was an ordinary model.
 
     The implementation is a field of the configuration, which models made from one configuration
     share; so every layer first gets a configuration that no model outside reads.
     """
 
-    def __init__(self, models: list[nn.Module]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         replaced: dict[int, tuple[Any, Any]] = {}  # by id: the original (kept alive), its copy
-        for part in (part for model in models for part in model.modules()):
+        for part in model.modules():
             config = getattr(part, "config", None)
             if hasattr(config, "_attn_implementation"):
                 if id(config) not in replaced:
                     replaced[id(config)] = (config, copy.copy(config))
                 part.config = replaced[id(config)][1]
-        # an original that is packed belongs to another policy, whose own is not known here
-        self._own = [
-            (
-                config,
-                "sdpa" if original._attn_implementation == NAME else config._attn_implementation,
-            )
-            for original, config in replaced.values()
-        ]
+        self._configs = [config for _, config in replaced.values()]
+        # one that is packed already belongs to another policy, whose own is not known here
+        self._own = ["sdpa" for _ in self._configs]
 
     def set(self, *, packed: bool) -> None:
-        """Packed attention, or each model's own."""
-        for config, own in self._own:
-            config._attn_implementation = NAME if packed else own
+        """Packed attention, or the model's own."""
+        for i, config in enumerate(self._configs):
+            if config._attn_implementation != NAME:
+                self._own[i] = config._attn_implementation
+            config._attn_implementation = NAME if packed else self._own[i]
 
 
 def head_dim(model: Any) -> int:

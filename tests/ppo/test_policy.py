@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from fastppo.models.packed import PackedModel
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.policy import Policy
 
@@ -378,6 +379,17 @@ def test_restored_model_is_ordinary(kind: str) -> None:
     assert model.config._attn_implementation == own
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert unpacked_logits(model, batch).isfinite().all()
+
+
+def test_an_attention_chosen_in_between_is_kept() -> None:
+    packed = PackedModel(make_model("llama-tied"), precision=None)
+    packed.restore()
+    packed.model.set_attn_implementation("eager")
+    with packed.lent():
+        assert packed.model.config._attn_implementation == "fastppo"
+    assert packed.model.config._attn_implementation == "eager"
+    with packed.lent(), packed.unpacked() as model:
+        assert model.config._attn_implementation == "eager"
 
 
 def test_other_models_of_the_same_configuration_are_left_alone() -> None:
