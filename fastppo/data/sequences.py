@@ -63,7 +63,7 @@ class PackedSequences:
 
     Raises:
         ValueError: a field's length or device does not fit the others.
-        TypeError: a field has the wrong dtype.
+        TypeError: a field is no tensor or has the wrong dtype.
     """
 
     # T tokens: prompt then response of each sequence, back to back
@@ -121,6 +121,10 @@ class PackedSequences:
         return {f.name: f.metadata for f in dataclasses.fields(cls) if f.metadata}
 
     def _check(self, name: str, x: Tensor, size: int, kind: Kind) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{name}: expected a tensor, got {type(x).__name__}. Use torch.as_tensor"
+            )
         if x.shape != (size,):
             raise ValueError(f"{name}: expected shape ({size},), got {tuple(x.shape)}")
         if x.device != self.device:
@@ -212,17 +216,20 @@ class PackedSequences:
             response_mask: (B, L) likewise, the tokens after the prompt.
             loss_mask: (B, L) likewise, which of these have a loss; None: all of them.
             device: of the result; None is that of `ids`.
-            more: what `pack` takes; an array for each response token is (B, L). Of a PackedBatch:
-                `truncated` (B,) bool, by default none, and `rollout_logprobs` (B, L).
+            more: what `pack` takes; an array for each response token is (B, L), a tensor, a numpy
+                array or lists. Of a PackedBatch: `truncated` (B,) bool, by default none, and
+                `rollout_logprobs` (B, L).
 
         Raises:
-            ValueError: masks of another shape than ids, that overlap, or with a prompt's token
-                after a response's; a row without a prompt.
+            ValueError: a mask that is missing, of another shape than ids, that overlaps, or with a
+                prompt's token after a response's; a row without a prompt.
         """
         ids = torch.as_tensor(ids)
-        host = {"prompt_mask": prompt_mask, "response_mask": response_mask, "loss_mask": loss_mask}
-        masks = {k: _mask(k, torch.as_tensor(x), ids) for k, x in host.items() if x is not None}
-        prompt, response = masks["prompt_mask"], masks["response_mask"]
+        if ids.ndim != 2:
+            raise ValueError(f"ids: expected shape (B, L), got {tuple(ids.shape)}")
+        prompt = _mask("prompt_mask", prompt_mask, ids)
+        response = _mask("response_mask", response_mask, ids)
+        counted = None if loss_mask is None else _mask("loss_mask", loss_mask, ids)
         for row in np.flatnonzero(~prompt.any(1))[:1]:
             raise ValueError(f"prompt_mask: expected a token in each row, got none in row {row}")
         for row, column in np.argwhere(prompt & response)[:1]:
@@ -236,8 +243,9 @@ class PackedSequences:
                 f"[{row}, {column}]. Put what a tool said into response_mask, with loss_mask False"
             )
         tokens = ids.detach().cpu().numpy()
-        for name, x in more.items():
-            if isinstance(x, Tensor) and x.ndim == 2:
+        for name, field in cls._packed_fields().items():
+            x = _rectangle(more.get(name)) if field["per"] == "responses" else None
+            if x is not None:
                 if x.shape != ids.shape:
                     raise ValueError(
                         f"{name}: expected shape {tuple(ids.shape)}, as ids, got {tuple(x.shape)}"
@@ -248,7 +256,7 @@ class PackedSequences:
             tokens[response],
             prompt_lengths=prompt.sum(1),
             response_lengths=response.sum(1),
-            loss_mask=masks["loss_mask"][response] if "loss_mask" in masks else None,
+            loss_mask=None if counted is None else counted[response],
             device=ids.device if device is None else device,
             **more,
         )
@@ -258,29 +266,33 @@ class PackedSequences:
 
         Args:
             x: (N,) on this device.
-            response_mask: (B, L), the one that `from_padded` took.
+            response_mask: (B, L), the one that `from_padded` took; it may be a numpy array or
+                lists too.
             fill: what the other places have.
 
         Returns:
             (B, L) in the dtype of x.
 
         Raises:
-            ValueError: the mask or x are of other sequences. On a GPU, which is not waited for, it
-                is told from their shapes alone.
+            ValueError: the mask or x are of other sequences, told from how many tokens each row
+                has; of a mask on a GPU, which is not waited for, from its shape alone.
         """
         if x.shape != (self.num_responses,):
             raise ValueError(f"x: expected shape ({self.num_responses},), got {tuple(x.shape)}")
-        if response_mask.ndim != 2 or len(response_mask) != self.num_sequences:
+        mask = torch.as_tensor(response_mask).to(torch.bool)
+        if mask.ndim != 2 or len(mask) != self.num_sequences:
             raise ValueError(
-                f"response_mask: expected shape ({self.num_sequences}, L), got "
-                f"{tuple(response_mask.shape)}"
+                f"response_mask: expected shape ({self.num_sequences}, L), got {tuple(mask.shape)}"
             )
-        mask = response_mask.to(x.device, torch.bool)
-        if mask.device.type == "cpu" and int(mask.sum()) != len(x):
-            raise ValueError(
-                f"response_mask: expected {len(x)} tokens, got {int(mask.sum())}. It is what "
-                "from_padded took as response_mask, not loss_mask"
-            )
+        if mask.device.type == "cpu":
+            found, expected = mask.sum(1).numpy(), self.response_lengths
+            for row in np.flatnonzero(found != expected)[:1]:
+                raise ValueError(
+                    f"response_mask: expected {expected[row]} tokens in row {row}, got "
+                    f"{found[row]}. It is what from_padded took as response_mask, not loss_mask, "
+                    "with its rows in this batch's order"
+                )
+        mask = mask.to(x.device)
         return x.new_full(mask.shape, fill).masked_scatter(mask, x)
 
     @property
@@ -445,13 +457,28 @@ def partition(lengths: Ints, k: int) -> list[list[int]]:
     return _C.partition(lengths, k)
 
 
-def _mask(name: str, x: Tensor, ids: Tensor) -> NDArray[np.bool_]:
-    if ids.ndim != 2 or x.shape != ids.shape:
+def _mask(name: str, x: Any, ids: Tensor) -> NDArray[np.bool_]:
+    if x is None:
+        raise ValueError(f"{name}: expected shape (B, L), as ids {tuple(ids.shape)}, got None")
+    x = torch.as_tensor(x)
+    if x.shape != ids.shape:
         raise ValueError(
             f"{name}: expected shape (B, L), as ids {tuple(ids.shape)}, got {tuple(x.shape)}"
         )
     mask: NDArray[np.bool_] = (x.detach() != 0).cpu().numpy()
     return mask
+
+
+def _rectangle(x: Any) -> Tensor | None:
+    """A two-dimensional tensor, array or list of lists as a tensor; None for all that `pack` is to
+    see as it is: flat, ragged or wrong.
+    """
+    if not isinstance(x, Tensor):
+        try:
+            x = torch.as_tensor(np.array(x))
+        except (TypeError, ValueError, RuntimeError):
+            return None
+    return x if x.ndim == 2 else None
 
 
 def _read_only(x: Int32s) -> Int32s:

@@ -327,8 +327,10 @@ def test_padding_and_back(side: str, seed: int) -> None:
         ((PROMPT, RESPONSE | PROMPT), r"response_mask: .* got one at \[0, 2\]"),
         ((RESPONSE, PROMPT), r"prompt_mask: .* got one after it at \[0, 4\]"),
         ((PROMPT * 0, RESPONSE), "prompt_mask: .* row 0"),
+        ((None, RESPONSE), "prompt_mask: expected .* got None"),
+        ((PROMPT, None), "response_mask: expected .* got None"),
     ],
-    ids=["shape", "loss-shape", "overlap", "order", "no-prompt"],
+    ids=["shape", "loss-shape", "overlap", "order", "no-prompt", "no-mask", "no-response-mask"],
 )
 def test_masks_that_make_no_sense_are_refused(masks: tuple[Tensor, ...], name: str) -> None:
     with pytest.raises(ValueError, match=name):
@@ -342,13 +344,56 @@ def test_arrays_are_as_good_as_tensors() -> None:
     same(PackedBatch.from_padded(*lists), PackedBatch.from_padded(IDS, PROMPT, RESPONSE))
 
 
+def test_log_probabilities_and_flags_may_be_arrays_and_lists() -> None:
+    masks, logprobs = (IDS, PROMPT, RESPONSE), torch.arange(18.0).reshape(3, 6)
+    cut = torch.tensor([True, False, True])
+    expected = PackedBatch.from_padded(*masks, rollout_logprobs=logprobs, truncated=cut)
+    frozen = logprobs.double().numpy()
+    frozen.flags.writeable = False
+    flat = logprobs[RESPONSE > 0]
+    for array in (logprobs.numpy(), frozen, logprobs.tolist(), list(logprobs), flat, flat.tolist()):
+        for flags in (cut.numpy(), cut.tolist()):
+            found = PackedBatch.from_padded(*masks, rollout_logprobs=array, truncated=flags)
+            same(found, expected)
+            assert torch.equal(found.rollout_logprobs, expected.rollout_logprobs)
+            assert torch.equal(found.truncated, expected.truncated)
+    for wrong in (logprobs[:, :2].tolist(), logprobs[:, :2].numpy()):
+        with pytest.raises(ValueError, match=r"^rollout_logprobs: expected shape \(3, 6\), as ids"):
+            PackedBatch.from_padded(*masks, rollout_logprobs=wrong)
+    for wrong in ([[1.0, 2.0], [3.0], [4.0]], [["a"] * 6] * 3):  # as pack sees them
+        with pytest.raises((TypeError, ValueError), match=r"^rollout_logprobs\[0\]: expected"):
+            PackedBatch.from_padded(*masks, rollout_logprobs=wrong)
+
+
+def test_a_mask_of_any_kind_leads_back() -> None:
+    batch = PackedBatch.from_padded(IDS, PROMPT, RESPONSE)
+    x = torch.arange(1.0, 7.0)
+    for mask in (RESPONSE.numpy(), RESPONSE.tolist(), RESPONSE.bool().numpy()):
+        assert torch.equal(batch.to_padded(x, mask), batch.to_padded(x, RESPONSE))
+
+
+def test_ids_are_named_when_they_are_not_padded_rows() -> None:
+    for ids in (IDS[None], IDS[0]):
+        with pytest.raises(ValueError, match=r"^ids: expected shape \(B, L\), got"):
+            PackedBatch.from_padded(ids, ids, ids)
+
+
+def test_a_field_that_is_no_tensor_is_named() -> None:
+    batch = PackedBatch.from_padded(IDS, PROMPT, RESPONSE)
+    for value in (np.zeros(6, np.float32), [0.0] * 6):
+        with pytest.raises(TypeError, match="^advantages: expected a tensor, got (ndarray|list)"):
+            batch.replace(advantages=value)
+
+
 def test_to_padded_refuses_other_shapes() -> None:
     batch = PackedBatch.from_padded(IDS, PROMPT, RESPONSE)
     with pytest.raises(ValueError, match="^x: expected"):
         batch.to_padded(torch.zeros(5), RESPONSE)
     with pytest.raises(ValueError, match="^response_mask: expected"):
         batch.to_padded(torch.zeros(6), RESPONSE[:2])
-    with pytest.raises(ValueError, match="^response_mask: .*got 5"):
+    with pytest.raises(ValueError, match="^response_mask: expected 3 tokens in row 1, got 2"):
         batch.to_padded(torch.zeros(6), RESPONSE & TOOL)
+    with pytest.raises(ValueError, match="^response_mask: expected 2 tokens in row 0, got 3"):
+        batch.to_padded(torch.zeros(6), RESPONSE[[1, 0, 2]])  # as many in all
     with pytest.raises(ValueError, match="^rollout_logprobs: expected"):
         PackedBatch.from_padded(IDS, PROMPT, RESPONSE, rollout_logprobs=torch.zeros(3, 2))
