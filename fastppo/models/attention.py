@@ -93,6 +93,8 @@ def check_supported(config: Any) -> None:
     for name, what in _CONFIG_NEEDS.items():
         if value := getattr(config, name, None):
             needs.append(f"{what} ({name} = {value})")
+    if not getattr(config, "is_causal", True):
+        needs.append(f"attention both ways (is_causal = {config.is_causal})")
     layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if layer_types is not None:

@@ -166,6 +166,7 @@ def unsupported(model_type: str) -> Any:
             **SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
         ),
         "gpt2": lambda: GPT2Config(reorder_and_upcast_attn=True),
+        "qwen3": lambda: Qwen3Config(**SIZES, is_causal=False),
     }[model_type]()
 
 
@@ -178,6 +179,7 @@ def unsupported(model_type: str) -> Any:
         ("qwen2", "layers of type sliding_attention"),
         ("llama", "rotary frequencies that change with the batch"),
         ("gpt2", "attention reordered and upcast"),
+        ("qwen3", r"attention both ways \(is_causal = False\)"),
     ],
 )
 def test_unsupported_models_are_refused_by_name(model_type: str, needs: str) -> None:
