@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.ppo.config import AdvantageConfig
-from fastppo.ppo.experience import PackedBatch
+from fastppo.ppo.experience import PackedBatch, need
+from fastppo.training.memory import is_out_of_memory
 
 
 @torch.no_grad()
@@ -35,27 +37,34 @@ def add_advantages(
         batch: with `old_logprobs`, and `ref_logprobs` and `values` where the configuration needs
             them.
         scores: (B,) rewards of whole responses; NaN drops that response from the loss, and so does
-            a log-probability or value of it that is not finite.
+            a log-probability or value of it that is not finite, or an infinite score on a GPU.
         group_ids: (B,) which responses share a prompt.
         config: the algorithm.
         kl_coef: the KL weight in force.
 
     Raises:
-        ValueError: scores or group ids of the wrong length, or no group ids where needed.
+        ValueError: scores or group ids that are no numbers or of the wrong length, an infinite
+            score on the CPU, no group ids or no field of the batch where needed.
     """
-    score = torch.as_tensor(scores, dtype=torch.float32, device=batch.device)
-    _check_length("scores", score, batch)
+    score = _per_sequence("scores", scores, batch, torch.float32)
+    if score.device.type == "cpu":  # on a GPU looking would mean to wait
+        for i in np.flatnonzero(score.isinf().numpy())[:1]:
+            raise ValueError(
+                f"scores[{i}]: expected a finite float32 number, got {float(score[i])}. NaN drops "
+                "a response"
+            )
+    score = score.to(batch.device)
     sequence = sequence_ids(batch)
     batch, finite = _finite(batch, sequence)
-    scored = finite & ~score.isnan()
-    score = _shaped(score.nan_to_num(), batch.truncated, config)
+    scored = finite & score.isfinite()
+    score = _shaped(score.nan_to_num(0.0, 0.0, 0.0), batch.truncated, config)
     mask = scored[sequence]
     if batch.loss_mask is not None:
         mask = mask & batch.loss_mask
     rewards = torch.zeros_like(mask, dtype=torch.float32)
     if kl_coef > 0 and config.kl_in == "reward":
-        assert batch.old_logprobs is not None and batch.ref_logprobs is not None
-        kl = ops.kl_penalty(batch.old_logprobs, batch.ref_logprobs, estimator=config.kl_estimator)
+        old, ref = (need(batch, n, "step.evaluate") for n in ("old_logprobs", "ref_logprobs"))
+        kl = ops.kl_penalty(old, ref, estimator=config.kl_estimator)
         rewards = torch.where(mask, -kl_coef * kl, 0.0)
     total = torch.zeros_like(score).index_add(0, sequence, rewards) + score
     ends = _last_valid(mask, sequence, batch.num_sequences)
@@ -67,8 +76,8 @@ def add_advantages(
         raise ValueError(
             f"group_ids: expected (B,) integers with advantage = {config.advantage!r}, got None"
         )
-    groups = torch.as_tensor(np.zeros(len(score), np.int64) if group_ids is None else group_ids)
-    _check_length("group_ids", groups, batch)
+    ids = np.zeros(len(score), np.int64) if group_ids is None else group_ids
+    groups = _per_sequence("group_ids", ids, batch)
     total = torch.where(scored, total, math.nan)
     per_sequence = ops.group_advantages(total, groups.to(batch.device), kind=config.advantage)
     return batch.replace(advantages=torch.where(mask, per_sequence[sequence], 0.0))
@@ -99,19 +108,21 @@ def _shaped(score: Tensor, truncated: Tensor, config: AdvantageConfig) -> Tensor
 
 def _gae(batch: PackedBatch, config: AdvantageConfig) -> PackedBatch:
     """GAE; the critic's returns come from the advantages before they are whitened."""
-    assert batch.rewards is not None and batch.values is not None
+    assert batch.rewards is not None
     rewards, mask = batch.rewards, batch.loss_mask
+    values = need(batch, "values", "step.evaluate")
+    bootstrap = need(batch, "bootstrap", "step.evaluate") if config.bootstrap_truncated else None
     if config.whiten_rewards:
         rewards = ops.whiten(rewards, mask, shift_mean=False)
     advantages, returns = ops.gae(
         rewards,
-        batch.values,
+        values,
         batch.cu_responses,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
         returns_lambda=config.critic_lambda,
         mask=mask,
-        bootstrap=batch.bootstrap if config.bootstrap_truncated else None,
+        bootstrap=bootstrap,
         norm_adv=config.norm_adv,
         max_seqlen=int(np.diff(batch.cu_responses_host).max(initial=0)),
     )
@@ -139,9 +150,22 @@ def _last_valid(mask: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
     return position == last[sequence]
 
 
-def _check_length(name: str, value: Tensor, batch: PackedBatch) -> None:
+def _per_sequence(
+    name: str, given: Any, batch: PackedBatch, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(B,) where it was given."""
+    try:
+        value = torch.as_tensor(given, dtype=dtype)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        kind = "integers" if dtype is None else "numbers, NaN for no score"
+        raise ValueError(
+            f"{name}: expected (B,) {kind}, got {type(given).__name__}: {error}"
+        ) from error
     if value.shape != (batch.num_sequences,):
         raise ValueError(
             f"{name}: expected one value for each of the {batch.num_sequences} sequences, "
             f"got shape {tuple(value.shape)}"
         )
+    return value

@@ -112,3 +112,22 @@ class PackedBatch(PackedSequences):
         if self.loss_mask is not None:
             active = active & self.loss_mask
         return self._lengths_where(active)
+
+
+def check_batch(batch: object) -> None:
+    """Refuse what is no batch, or one without sequences."""
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(
+            f"batch: expected a PackedBatch, got {type(batch).__name__}. Make one with "
+            "PackedBatch.pack or PackedBatch.from_padded"
+        )
+    if batch.num_sequences == 0:
+        raise ValueError("batch: expected at least one sequence, got none. Leave this call out")
+
+
+def need(batch: PackedBatch, name: str, maker: str) -> Tensor:
+    """A field that an earlier stage must have filled in."""
+    value: Tensor | None = getattr(batch, name)
+    if value is None:
+        raise ValueError(f"batch.{name}: expected a tensor, got None. Call {maker} first")
+    return value

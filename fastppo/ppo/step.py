@@ -36,14 +36,14 @@ from fastppo import ops
 from fastppo.ppo import update_metrics
 from fastppo.ppo.advantages import add_advantages, num_valid_sequences
 from fastppo.ppo.config import KLConfig, PPOConfig
-from fastppo.ppo.experience import PackedBatch
+from fastppo.ppo.experience import PackedBatch, check_batch, need
 from fastppo.ppo.policy import Policy
 from fastppo.ppo.update_metrics import StepStats
 from fastppo.training import interrupts
 from fastppo.training.device import resolve_device, resolve_precision
 from fastppo.training.errors import NonFiniteError
 from fastppo.training.memory import free_memory, is_out_of_memory, retried
-from fastppo.training.optim import apply_step, grad_norm, make_adamw
+from fastppo.training.optim import apply_step, check_shapes, grad_norm, make_adamw
 from fastppo.training.seeding import generator
 
 T = TypeVar("T")
@@ -117,8 +117,11 @@ class PPOStep:
             `bootstrap` (B,) where there is a critic; all fp32.
 
         Raises:
-            ValueError: a token beyond the model's vocabulary, in a batch on the CPU.
+            TypeError: not a PackedBatch.
+            ValueError: no sequences, or a token beyond the model's vocabulary in a batch on the
+                CPU.
         """
+        check_batch(batch)
         if batch.device.type == "cpu":  # on a GPU looking would mean to wait
             self._check_vocabulary(batch)
         batch = batch.to(self.device)
@@ -130,7 +133,8 @@ class PPOStep:
         if last >= size:
             raise ValueError(
                 f"batch.input_ids: expected tokens of the model's vocabulary of {size}, got "
-                f"{last}. Use the model's own tokenizer, or resize the model's embeddings"
+                f"{last}. Use the model's own tokenizer, or resize the model's embeddings before "
+                "PPOStep is made"
             )
 
     def _evaluate(self, batch: PackedBatch) -> PackedBatch:
@@ -176,7 +180,8 @@ class PPOStep:
 
         Args:
             batch: an evaluated batch.
-            scores: (B,) rewards of whole responses; NaN drops that response from the loss.
+            scores: (B,) rewards of whole responses; NaN drops that response from the loss. So does
+                an infinite score that is on a GPU, where looking would mean to wait.
             group_ids: (B,) which responses share a prompt; needed by the group baselines.
 
         Returns:
@@ -184,9 +189,12 @@ class PPOStep:
             `returns` (N,) fp32 where there is a critic.
 
         Raises:
-            ValueError: scores or group ids of the wrong length, or no group ids where needed.
+            ValueError: scores or group ids that are no numbers or of the wrong length, an infinite
+                score on the CPU, no group ids where needed, or a batch that was evaluated without
+                the reference or the critic that this step needs.
         """
-        _need(batch, "old_logprobs", "step.evaluate")
+        check_batch(batch)
+        need(batch, "old_logprobs", "step.evaluate")
         with record_function("fastppo::advantages"):
             batch = add_advantages(batch, scores, group_ids, self.config, self.kl_coef)
             _ = batch.valid_lengths, batch.active_lengths  # read here, once, not in the update
@@ -205,13 +213,17 @@ class PPOStep:
             CleanRL's metrics, see `update_metrics.read`, and the schedules in force.
 
         Raises:
+            ValueError: a field that this update needs is missing, or the model's parameters have
+                other shapes than when this step was made; nothing changed.
             NonFiniteError: `max_nonfinite_steps` steps in a row had a loss or gradient that is not
                 finite; no parameter changed in them or after them.
             Interrupted: a signal came, see training/interrupts.py. `progress` says how far the
                 update is.
         """
         config = self.config
-        _need(batch, "advantages", "step.advantages")
+        check_batch(batch)
+        need(batch, "advantages", "step.advantages")
+        check_shapes(self.actor_optimizer, self.critic_optimizer)
         factor = config.lr_factor(self.iteration)
         _set_lr(self.actor_optimizer, config.learning_rate * factor)
         if self.critic_optimizer is not None:
@@ -337,7 +349,10 @@ class PPOStep:
         return self._minibatches(batch, progress.epoch)[progress.minibatch]
 
     def gradients(self, batch: PackedBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """`accumulate_gradients`, and the gradient norm () fp32 of each optimiser that steps."""
+        """`accumulate_gradients` from nothing, whatever another `backward` left on the model, and
+        the gradient norm () fp32 of each optimiser that steps.
+        """
+        self.drop_gradients()
         losses = self.accumulate_gradients(batch, train_actor=self._trains_actor)
         return (*losses, [grad_norm(optimizer) for optimizer in self._stepped()])
 
@@ -373,7 +388,7 @@ class PPOStep:
             The metric vector of `ops.PPO_METRIC_NAMES` (M,) and the value loss (), both fp32.
         """
         aggregation = self.config.loss_aggregation
-        mask = _need(batch, "loss_mask", "step.advantages")
+        mask = need(batch, "loss_mask", "step.advantages")
         total: Tensor | float = mask.sum()
         if aggregation.startswith("seq-mean"):
             total = num_valid_sequences(batch)
@@ -401,7 +416,11 @@ class PPOStep:
         """
         interrupts.check()
         config, policy = self.config, self.policy
-        weights = _need(batch, "weights", "ops.loss_weights")
+        weights = need(batch, "weights", "ops.loss_weights")
+        if self._loss.kl_coef:
+            need(batch, "ref_logprobs", "step.evaluate")
+        if policy.value_head is not None and config.clip_vloss:
+            need(batch, "values", "step.evaluate")
         with policy.actor.autocast():
             with torch.set_grad_enabled(train_actor):
                 hidden, head = policy.actor.hidden(batch), policy.actor.head  # (T, H)
@@ -409,8 +428,8 @@ class PPOStep:
                     hidden.index_select(0, batch.rows),
                     head.weight,
                     batch.targets,
-                    _need(batch, "old_logprobs", "step.evaluate"),
-                    _need(batch, "advantages", "step.advantages"),
+                    need(batch, "old_logprobs", "step.evaluate"),
+                    need(batch, "advantages", "step.advantages"),
                     weights,
                     self._loss,
                     ref_logprobs=batch.ref_logprobs,
@@ -427,7 +446,7 @@ class PPOStep:
                 critic = ops.value_loss(
                     policy.values(policy.critic_hidden(batch, hidden).index_select(0, batch.rows)),
                     batch.values,
-                    _need(batch, "returns", "step.advantages"),
+                    need(batch, "returns", "step.advantages"),
                     weights,
                     clip=config.clip_vloss or None,
                 )
@@ -469,11 +488,3 @@ def _reference(config: KLConfig, model: Any) -> Literal["copy", "adapter", "none
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def _need(batch: PackedBatch, name: str, maker: str) -> Tensor:
-    """A field that an earlier stage must have filled in."""
-    value: Tensor | None = getattr(batch, name)
-    if value is None:
-        raise ValueError(f"batch.{name}: expected a tensor, got None. Call {maker} first")
-    return value

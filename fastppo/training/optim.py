@@ -40,6 +40,22 @@ def make_adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch
     return optimizer
 
 
+def check_shapes(*optimizers: torch.optim.Optimizer | None) -> None:
+    """Refuse parameters whose moments have another shape: fused AdamW would write past them.
+
+    Raises:
+        ValueError: a parameter was resized after `make_adamw`.
+    """
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items() if optimizer is not None else ():
+            if p.shape != state["exp_avg"].shape:
+                raise ValueError(
+                    f"model: expected a parameter of shape {tuple(state['exp_avg'].shape)}, as "
+                    f"when its optimiser was made, got {tuple(p.shape)}. Resize the model first, "
+                    "then make a new PPOStep from it"
+                )
+
+
 def grad_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """‖g‖₂ over all parameters of the optimiser that have a gradient, fp32 (), on the device."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]

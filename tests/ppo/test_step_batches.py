@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastppo import PackedBatch, PPOConfig, PPOStep
+from fastppo.data.sequences import PackedSequences
 from fastppo.models.tiny import WORDS, tiny_model
 from fastppo.training.errors import NonFiniteError
 
@@ -237,6 +238,103 @@ def test_wrong_lengths_are_named() -> None:
         step.advantages(batch, [0.0] * 6, [0] * 7)
     with pytest.raises(ValueError, match=r"group_ids: .*advantage = 'grpo', got None"):
         step.advantages(batch, [0.0] * 6)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "grpo"])
+@pytest.mark.parametrize("score", [math.inf, -math.inf, 1e300], ids=str)
+def test_an_infinite_score_is_refused(score: float, advantage: str) -> None:
+    step = make_step(advantage=advantage, **({"n_samples": 2} if advantage == "grpo" else {}))
+    batch = step.evaluate(make_batch())
+    for scores in ([1.0, score, 0.0, 0.0, 2.0, math.nan], np.array([1.0, score, 0, 0, 0, score])):
+        with pytest.raises(ValueError, match=r"^scores\[1\]: .*, got -?inf. NaN drops a response"):
+            step.advantages(batch, scores, [0, 0, 0, 1, 1, 1])
+    huge = step.advantages(batch, [1e20, 0.0, 1.0, 0.0, 0.0, -1e20], [0, 0, 0, 1, 1, 1])
+    assert huge.advantages is not None and huge.advantages.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [[1, None, 0, 0, 0, 0], ["a"] * 6, np.array(["a"] * 6), {}, [10**400] * 6],
+    ids=["None", "strings", "array of strings", "dict", "too large"],
+)
+def test_what_is_no_number_is_named(bad: Any) -> None:
+    step = make_step(advantage="grpo", n_samples=2)
+    batch = step.evaluate(make_batch())
+    with pytest.raises(ValueError, match=r"^scores: expected \(B,\) numbers"):
+        step.advantages(batch, bad, [0] * 6)
+    with pytest.raises(ValueError, match=r"^group_ids: expected \(B,\) integers"):
+        step.advantages(batch, [0.0] * 6, bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ref_logprobs", {}),
+        ("ref_logprobs", {"kl_in": "loss", "kl_estimator": "k3"}),
+        ("ref_logprobs", {"kl_in": "loss", "kl_estimator": "k3", "advantage": "reinforce"}),
+        ("values", {}),
+        ("bootstrap", {"bootstrap_truncated": True}),
+        ("returns", {}),
+    ],
+)
+def test_what_another_step_left_out_is_named(name: str, options: dict[str, Any]) -> None:
+    step = make_step(**options)
+    before = [p.detach().clone() for p in step.policy.parameters()]
+    batch = step.evaluate(make_batch()).replace(**({} if name == "returns" else {name: None}))
+    maker = "advantages" if name == "returns" else "evaluate"
+    with pytest.raises(ValueError, match=rf"^batch\.{name}: .*got None. Call step.{maker} first"):
+        step.update(step.advantages(batch, np.arange(6.0)).replace(returns=None))
+    assert all(torch.equal(a, b) for a, b in zip(before, step.policy.parameters(), strict=True))
+
+
+def test_values_are_named_by_an_update_that_clips_by_them() -> None:
+    step = make_step(clip_vloss=True)
+    batch = step.advantages(step.evaluate(make_batch()), np.arange(6.0)).replace(values=None)
+    with pytest.raises(ValueError, match=r"^batch\.values: .*got None. Call step.evaluate first"):
+        step.update(batch)
+
+
+def test_what_is_no_batch_is_named() -> None:
+    step = make_step()
+    calls: tuple[Any, ...] = (step.evaluate, step.update, lambda x: step.advantages(x, []))
+    for call in calls:
+        for other in (None, PackedSequences.pack([[3]], [[4]]), {}):
+            with pytest.raises(TypeError, match=r"^batch: expected a PackedBatch, got \w+"):
+                call(other)
+        with pytest.raises(ValueError, match="^batch: expected at least one sequence, got none"):
+            call(PackedBatch.pack([], []))
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_gradients_that_somebody_left_are_not_trained_on(minibatches: int) -> None:
+    def update(dirty: bool) -> tuple[dict[str, float], list[Tensor]]:
+        step = make_step(num_minibatches=minibatches)
+        batch = step.advantages(step.evaluate(make_batch()), np.arange(6.0))
+        for p in step.policy.parameters() if dirty else ():
+            p.grad = torch.ones_like(p)
+        return step.update(batch), [p.detach().clone() for p in step.trained()]
+
+    clean, dirty = update(False), update(True)
+    assert clean[0]["actor_grad_norm"] == dirty[0]["actor_grad_norm"]
+    assert all(map(torch.equal, clean[1], dirty[1]))
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_model_resized_after_the_step_was_made_is_refused(critic: str) -> None:
+    """Before anything is stepped: the moments have the old shape, and fused AdamW writes past
+    them.
+    """
+    step = make_step(critic=critic, kl_coef=0.0)
+    batch = step.advantages(step.evaluate(make_batch()), np.arange(6.0))
+    with pytest.raises(ValueError, match="resize the model's embeddings before PPOStep is made"):
+        step.evaluate(PackedBatch.pack([[3]], [[len(WORDS)]]))
+    trunk = step.policy.actor if critic == "shared" else step.policy.critic
+    trunk.model.resize_token_embeddings(len(WORDS) + 9, mean_resizing=False)
+    before = [p.detach().clone() for p in step.trained()]
+    with pytest.raises(ValueError, match=r"^model: .* Resize the model first, then make a new"):
+        step.update(batch)
+    assert all(map(torch.equal, before, step.trained()))
+    assert step.iteration == 0
 
 
 def test_a_sequence_over_the_token_budget_is_refused() -> None:
