@@ -23,14 +23,19 @@ class RunInUseError(ValueError):
     """A running process has the run directory."""
 
 
-def lock_run_dir(run_dir: Path) -> AcquireReturnProxy[FileLock]:
+def lock_run_dir(run_dir: Path, *, new: bool = False) -> AcquireReturnProxy[FileLock]:
     """Lock a run directory, which is made if it does not exist, for this process.
+
+    Args:
+        run_dir: the folder.
+        new: nothing else may be in it.
 
     Returns:
         What gives the lock back: as a context manager, by `lock.release()`, or when it is dropped.
 
     Raises:
-        RunInUseError: a running process, this one too, has it locked.
+        RunInUseError: a running process, this one too, has it locked; or, if `new`, another run
+            has been there.
         ValueError: .lock is something else.
         OSError: the folder cannot be written, or its file system knows no locks.
     """
@@ -39,7 +44,7 @@ def lock_run_dir(run_dir: Path) -> AcquireReturnProxy[FileLock]:
     _holder(path)  # refuses what is not a lock, before anything is written to it
     lock = FileLock(path, thread_local=False, fallback_to_soft=False, on_acquired=_sign)
     try:
-        return lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         holder = _holder(path)
         by = "this process" if holder.startswith(f"{_this_process()} ") else holder
@@ -50,6 +55,13 @@ def lock_run_dir(run_dir: Path) -> AcquireReturnProxy[FileLock]:
     except OSError as error:
         error.filename = str(path)
         raise
+    if new and (others := sorted(p.name for p in run_dir.iterdir() if p != path)):
+        lock.release()
+        raise RunInUseError(
+            f"output_dir: {str(run_dir)!r} was empty when this run was prepared, and now has "
+            f"{', '.join(others[:3])}. Continue the run in it with resume, or choose another folder"
+        )
+    return held
 
 
 def _this_process() -> str:

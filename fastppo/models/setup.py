@@ -79,8 +79,8 @@ def disable_dropout(module: nn.Module) -> None:
             part.attention_dropout = 0.0
 
 
-def train_last_layers(model: Any, count: int, name: str) -> None:
-    """Freeze everything but the last `count` decoder layers and the final norm.
+def last_layers(model: Any, count: int, name: str) -> list[nn.Module]:
+    """The last `count` decoder layers and the final norm.
 
     Raises:
         ValueError: `count` outside 1 ... number of layers, or a PEFT model.
@@ -98,9 +98,15 @@ def train_last_layers(model: Any, count: int, name: str) -> None:
             f"train_layers: expected 1 to {len(layers)}, the layers of {name}, or None for all "
             f"parameters; got {count}"
         )
+    return [*layers[-count:], getattr(trunk, norm_name)]
+
+
+def train_last_layers(model: Any, count: int, name: str) -> None:
+    """Freeze everything but `last_layers`, which see."""
+    trained = last_layers(model, count, name)
     model.requires_grad_(False)
-    layers[-count:].requires_grad_(True)
-    getattr(trunk, norm_name).requires_grad_(True)
+    for part in trained:
+        part.requires_grad_(True)
 
 
 def freeze_outside_trunk(model: Any) -> None:

@@ -65,17 +65,20 @@ class Policy:
         if reference == "adapter" and ref_model is None and not setup.is_peft(model):
             raise ValueError("reference: 'adapter' needs a PEFT model, got a plain one. Use 'copy'")
         head = setup.output_head(setup.unwrap(model, "model"), "model")
-        for name, other in (("ref_model", ref_model), ("value_model", value_model)):
-            if other is not None:
-                _check_companion(name, other, model, head.out_features)
+        given = {"model": model, "ref_model": ref_model, "value_model": value_model}
+        given = {name: other for name, other in given.items() if other is not None}
+        _check_apart(given)
+        for name, other in given.items():
+            if name != "model":
+                _check_companion(name, other, head.out_features)
+            if name != "ref_model" and train_layers is not None:
+                setup.last_layers(other, train_layers, name)
         options: dict[str, Any] = {
             "precision": precision,
             "gradient_checkpointing": gradient_checkpointing,
         }
         if train_layers is None and not setup.trainable(model):
             raise ValueError("model: expected parameters to train, got a model that is all frozen")
-        if train_layers is not None and value_model is not None:
-            setup.train_last_layers(value_model, train_layers, "value_model")
         # what is refused has been: from here on the models are changed
         self.actor = PackedModel(model, train_layers=train_layers, **options)
         self.reference: PackedModel | None = None
@@ -91,11 +94,16 @@ class Policy:
         """Of a trunk of its own."""
         self.value_head: ValueHead | None = None
         if critic == "separate":
-            trunk = self.actor.copied(trunk_only=True) if value_model is None else value_model
+            trunk = value_model
+            if trunk is None:
+                trunk, train_layers = self.actor.copied(trunk_only=True), None  # frozen as it is
             setup.freeze_outside_trunk(trunk)
-            self.critic = PackedModel(trunk, name="value_model", **options)
-        if critic != "none":
-            self.value_head = ValueHead((self.critic or self.actor).model, self.device)
+            self.value_head = ValueHead(trunk, self.device)  # from the score before it is rounded
+            self.critic = PackedModel(
+                trunk, name="value_model", train_layers=train_layers, **options
+            )
+        elif critic == "shared":
+            self.value_head = ValueHead(self.actor.model, self.device)
 
     # forward
 
@@ -207,17 +215,31 @@ class Policy:
                 model.restore()
 
 
-def _check_companion(name: str, companion: Any, model: Any, vocabulary: int) -> None:
+def _check_apart(models: dict[str, Any]) -> None:
+    """Refuse models that would train, or freeze, each other.
+
+    Raises:
+        ValueError: two of them share weights.
+    """
+    owners: dict[int, str] = {}
+    for name, model in models.items():
+        for p in model.parameters():
+            if (owner := owners.setdefault(id(p), name)) != name:
+                raise ValueError(
+                    f"{name}: expected a model of its own, got one sharing weights with {owner}. "
+                    "Load it again, or pass copy.deepcopy(...)"
+                )
+
+
+def _check_companion(name: str, companion: Any, vocabulary: int) -> None:
     """Check a reference or value model against the model it accompanies.
 
     Raises:
-        ValueError: unsupported, sharing weights with `model`, or with a smaller vocabulary.
+        ValueError: unsupported, or with a smaller vocabulary.
     """
     check_supported(setup.unwrap(companion, name).config)
     if name == "value_model":
         score_head(companion)
-    if {id(p) for p in companion.parameters()} & {id(p) for p in model.parameters()}:
-        raise ValueError(f"{name}: expected a model of its own, got one sharing weights with model")
     size = companion.get_input_embeddings().num_embeddings
     if size < vocabulary:
         raise ValueError(

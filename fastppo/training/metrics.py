@@ -25,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastppo.checkpoint import CheckpointError
 from fastppo.training.config import Tracker
 
 
@@ -266,10 +267,19 @@ def _open_lines(path: Path, last_iteration: int | None) -> IO[str]:
     if path.exists():
         with path.open("rb+") as file:
             kept = 0
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     break
-                if last_iteration is not None and json.loads(line)["iteration"] > last_iteration:
+                try:
+                    late = last_iteration is not None and (
+                        json.loads(line)["iteration"] > last_iteration
+                    )
+                except (ValueError, TypeError, KeyError) as error:
+                    raise CheckpointError(
+                        f"{path}, line {number}: expected a JSON object with an iteration, got "
+                        f"{line[:60]!r}. Mend the line, or take it out"
+                    ) from error
+                if late:
                     break
                 kept += len(line)
             file.truncate(kept)

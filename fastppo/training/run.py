@@ -77,6 +77,7 @@ class Run:
         self.title = title
         self._held = contextlib.ExitStack()
         """Until `train` is done: the lock of a run that is resumed."""
+        self._begun = False
         with contextlib.ExitStack() as held:
             self.opened = open_run(args, resume, allow_changes, held)
             self._held = held.pop_all()
@@ -120,11 +121,13 @@ class Run:
             StopRunError: the trainer cannot go on; likewise.
             NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
             CheckpointError: a checkpoint could not be saved, or is not one of this model.
+            RunInUseError: another run has the directory, or had it since this one was prepared.
         """
         config = plain_config(self.args)
         with contextlib.ExitStack() as stack:
             if not self.opened.found:
-                stack.enter_context(lock_run_dir(self.run_dir))
+                stack.enter_context(lock_run_dir(self.run_dir, new=not self._begun))
+            self._begun = True
             stack.enter_context(self._held)
             stack.enter_context(contextlib.closing(self.store))
             stack.enter_context(resources)

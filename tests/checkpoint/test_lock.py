@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fastppo.checkpoint import lock_run_dir
+from fastppo.checkpoint import RunInUseError, lock_run_dir
 
 PROGRAM = """
 import os, sys, time
@@ -117,6 +117,15 @@ def test_twice_in_one_process(tmp_path: Path) -> None:
         lock_run_dir(run_dir)
     lock_run_dir(run_dir).lock.release()
     assert os.listdir(run_dir) == [".lock"]
+
+
+def test_a_new_run_wants_the_folder_for_itself(tmp_path: Path) -> None:
+    lock_run_dir(tmp_path, new=True).lock.release()
+    lock_run_dir(tmp_path, new=True).lock.release()  # a lock alone is no run
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(RunInUseError, match="^output_dir: .* now has metrics.jsonl"):
+        lock_run_dir(tmp_path, new=True)
+    lock_run_dir(tmp_path).lock.release()  # it is free
 
 
 def test_a_lock_is_released_on_an_error(tmp_path: Path) -> None:

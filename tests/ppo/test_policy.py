@@ -431,6 +431,10 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
 
 def test_unsuitable_models_are_refused() -> None:
     model = make_model()
+    other = make_model()
+    for shared in (other, other.model):
+        with pytest.raises(ValueError, match="^value_model: .* sharing weights with ref_model"):
+            Policy(model, critic="separate", ref_model=other, value_model=shared)
     with pytest.raises(ValueError, match="^ref_model: expected"):
         Policy(model, ref_model=model)
     with pytest.raises(ValueError, match="^value_model: expected"):
@@ -450,8 +454,13 @@ def test_unsuitable_models_are_refused() -> None:
     # what was refused is as ordinary as before
     assert {m.config._attn_implementation for m in (model, labels)} == {"sdpa"}
     with pytest.raises(ValueError, match="^train_layers: expected"):
-        Policy(model, critic="separate", value_model=make_model(), train_layers=4)
-    assert model.config._attn_implementation == "sdpa"
+        Policy(model, critic="separate", value_model=other, train_layers=4)
+    deeper = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | {"num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match="^train_layers: .* the layers of model"):
+        Policy(model, critic="separate", value_model=deeper, train_layers=4)
+    for m in (model, other, deeper):
+        assert m.config._attn_implementation == "sdpa"
+        assert all(p.requires_grad for p in m.parameters())
 
 
 # on disk

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastppo.checkpoint import CheckpointError
 from fastppo.training import metrics
 from fastppo.training.metrics import MetricsWriter, PhaseTimer, check_report_to
 
@@ -76,6 +77,18 @@ def test_reopening_appends_and_drops_a_line_a_crash_left_unfinished(tmp_path: Pa
     with MetricsWriter(tmp_path, [], {}, "run") as writer:
         writer.log({"iteration": 2, "reward": 1.0})
     assert [row["iteration"] for row in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"\0\0", b'{"iteration": 1', b"[1]", b'{"reward": 1}', b'{"iteration": "\xe9"}']
+)
+def test_a_line_that_is_no_row_is_named_and_left(tmp_path: Path, line: bytes) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"iteration": 1}\n' + line + b"\n")
+    before = file.read_bytes()
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl, line 2: expected a JSON object"):
+        MetricsWriter(tmp_path, [], {}, "run", last_iteration=3)
+    assert file.read_bytes() == before
 
 
 def test_bad_rows_are_refused_by_name(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from fastppo.checkpoint import Checkpoint, CheckpointError, save_model
+from fastppo.checkpoint import Checkpoint, CheckpointError, RunInUseError, save_model
 from fastppo.data.sequences import PackedSequences
 from fastppo.models.config import ModelConfig
 from fastppo.models.packed import PackedModel
@@ -178,3 +178,14 @@ def test_another_trainers_checkpoint_is_refused_and_the_run_is_free_again(
     with pytest.raises(ValueError, match="train_layers"):
         TextTrainer(config(tmp_path / "run", num_iterations=4, train_layers=9), resume=True)
     assert TextTrainer(longer, resume=True).train()["iterations"] == 4
+
+
+def test_a_folder_that_another_run_had_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    first, second = (TextTrainer(config(tmp_path / "run")) for _ in range(2))
+    first.train()
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"]
+    before = {p: p.read_bytes() for p in files}
+    with pytest.raises(RunInUseError, match="^output_dir: .* Continue the run in it with resume"):
+        second.train()
+    assert {p: p.read_bytes() for p in before} == before
+    first.train()  # its own
