@@ -1,20 +1,38 @@
 """Options: fields of a configuration that know their range and when they have an effect.
 
 A configuration is a frozen dataclass that inherits from `Options`, which checks each of its fields
-by what `option` says beside it. Limits are written as they are read: "≥ 1" or "> 0", which a number
-must be finite for, an interval such as "(0, 1]", or '= "gae"' and "≠ None". A condition is the name
-of a field and limits: "kl_coef > 0".
+by its type and by what `option` says beside it. Limits are written as they are read: "≥ 1" or
+"> 0", which a number must be finite for, an interval such as "(0, 1]", or '= "gae"' and "≠ None". A
+condition is the name of a field and limits: "kl_coef > 0".
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import os
+import re
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+KINDS: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    str: ((str, os.PathLike), "a string"),
+    NoneType: (NoneType, "None"),
+}
+"""What is taken for an option of a type, and how it is called."""
+
+LIMITS = re.compile(r"[≥>] ?[-+.\deE]+|[\[(][-+.\deE∞]+, ?[-+.\deE∞]+[\])]|[=≠] ?\S.*")
 
 
 def option(
@@ -34,7 +52,14 @@ def option(
         only_if: the condition without which it has no effect; another value than the default is
             refused where it does not hold.
         may_differ: between a run and its continuation; or the condition for that.
+
+    Raises:
+        ValueError: limits, or those of a condition, that are not written as above.
     """
+    conditions = [text for text in (only_if, may_differ) if isinstance(text, str)]
+    for text in filter(None, [limits, *(text.partition(" ")[2] or text for text in conditions)]):
+        if not LIMITS.fullmatch(text):
+            raise ValueError(f"limits: expected such as '≥ 1', '(0, 1]' or '≠ None', got {text!r}")
     said = {"limits": limits, "required": required, "only_if": only_if, "may_differ": may_differ}
     return dataclasses.field(default=default, metadata=said)
 
@@ -44,29 +69,28 @@ class Options:
     """A configuration whose fields are checked, one by one and then against each other."""
 
     def __post_init__(self) -> None:
-        fields, allowed = dataclasses.fields(self), choices(type(self))
+        fields, hints = dataclasses.fields(self), _hints(type(self))
         for field in fields:
-            self._check_value(field, allowed.get(field.name))
+            self._check_value(field, hints.get(field.name, Any))
         for field in fields:
             self._check_effect(field)
 
-    def _check_value(self, field: dataclasses.Field[Any], allowed: tuple[Any, ...] | None) -> None:
+    def _check_value(self, field: dataclasses.Field[Any], hint: Any) -> None:
         name, value = field.name, getattr(self, field.name)
+        try:
+            value = fit(value, hint)
+        except TypeError:
+            raise ValueError(f"{name}: expected {described(hint)}, got {shown(value)}") from None
+        object.__setattr__(self, name, value)
         said = about(type(self), name)
         if said.get("required") and not value:
             raise ValueError(f"{name}: expected a value, got none. Set it in the config file")
         limits = said.get("limits")
-        if value is None and (limits or allowed) and "None" not in str(field.type):
-            raise ValueError(f"{name}: expected a value, got None")
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if part is not None and limits and not within(part, limits):
                 noun = "an integer" if str(field.type).startswith("int") else "a finite number"
                 where = f"a number in {limits}" if limits[0] in "[(" else f"{noun} {limits}"
                 raise ValueError(f"{name}: expected {where}, got {value!r}")
-            if part is not None and allowed and part not in allowed:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}"
-                )
 
     def _check_effect(self, field: dataclasses.Field[Any]) -> None:
         value, need = getattr(self, field.name), about(type(self), field.name).get("only_if")
@@ -98,6 +122,8 @@ def within(value: Any, limits: str) -> bool:
 def holds(config: Options, condition: str) -> bool:
     """Whether a condition (see above) holds for a configuration."""
     name, limits = condition.split(" ", 1)
+    if not hasattr(config, name):
+        raise ValueError(f"{condition!r}: expected a condition on an option, got one on {name!r}")
     return within(getattr(config, name), limits)
 
 
@@ -113,12 +139,83 @@ def choices(kind: type[Options]) -> dict[str, tuple[Any, ...]]:
     return {name: values for name, values in found.items() if values}
 
 
+def fit(value: Any, hint: Any) -> Any:
+    """A value of the type that a hint says, numpy's scalars as Python's own.
+
+    Other types than those of `KINDS`, and tuples and unions of them, are not checked.
+
+    Raises:
+        TypeError: it is of another type, or a tuple of another length, or not among the literals.
+    """
+    parts, origin = get_args(hint), get_origin(hint)
+    if origin in (Union, UnionType):
+        for part in parts:
+            try:
+                return fit(value, part)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise TypeError
+        hints = parts[:1] * len(value) if ... in parts else parts
+        if len(value) != len(hints):
+            raise TypeError
+        return (tuple if isinstance(value, tuple) else list)(map(fit, value, hints))
+    if origin is not Literal and hint not in list(KINDS):
+        return value
+    if isinstance(value, _loaded("numpy", "generic")):
+        value = value.item()
+    if origin is Literal:
+        taken = any(isinstance(value, type(part)) and value == part for part in parts)
+    elif isinstance(value, bool):
+        taken = hint is bool
+    else:
+        device = _loaded("torch", "device") if hint is str else ()
+        taken = isinstance(value, (KINDS[hint][0], device))
+    if not taken:
+        raise TypeError
+    return value
+
+
+def described(hint: Any) -> str:
+    """What `fit` takes, in words."""
+    parts, origin = get_args(hint), get_origin(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, parts))}"
+    if origin is tuple:
+        each = [described(part) for part in parts if part is not ...]
+        return f"a tuple, each {each[0]}" if ... in parts else f"a tuple ({', '.join(each)})"
+    if origin in (Union, UnionType):
+        return " or ".join(map(described, parts))
+    return KINDS[hint][1] if hint in list(KINDS) else str(hint)
+
+
+def shown(value: Any) -> str:
+    """A value and its type, on one line."""
+    return f"{' '.join(reprlib.repr(value).split())} ({type(value).__name__})"
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Refuse what is not an instance of a kind of configuration."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected a {kind.__name__}, got {shown(value)}")
+
+
+def _loaded(module: str, name: str) -> Any:
+    """A class of a module, none where nobody imported it, so that nothing can be of the class."""
+    return getattr(sys.modules.get(module), name, ())
+
+
 def _hints(kind: type) -> dict[str, Any]:
-    """Of a class, or of its nearest base whose names can all be found from here: a class that is
-    made in a function, or imports only for types, has names that cannot."""
-    for base in kind.__mro__:
-        try:
-            return get_type_hints(base)
-        except NameError:
-            continue
-    return {}
+    """Of the fields whose names can be found from here: a class that is made in a function, or
+    imports only for types, has names that cannot."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        names = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
+        for name, hint in vars(base).get("__annotations__", {}).items():
+            found.pop(name, None)
+            one = SimpleNamespace(__annotations__={name: hint})
+            with contextlib.suppress(Exception):  # whatever evaluating it raises
+                found |= get_type_hints(one, dict(vars(base)), names)
+    return found

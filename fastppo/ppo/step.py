@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from fastppo import ops
+from fastppo.options import check_kind
 from fastppo.ppo import update_metrics
 from fastppo.ppo.advantages import add_advantages, num_valid_sequences
 from fastppo.ppo.config import KLConfig, PPOConfig
@@ -69,12 +70,13 @@ class PPOStep:
         value_model: the model that a separate critic starts from.
 
     Raises:
-        ValueError: a model that the packed forward does not support, by name.
+        ValueError: a model that the packed forward does not support, by name; no configuration.
     """
 
     def __init__(
         self, model: Any, config: PPOConfig, *, ref_model: Any = None, value_model: Any = None
     ) -> None:
+        check_kind("config", config, PPOConfig)
         self.config = config
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)

@@ -18,6 +18,7 @@ import numpy as np
 from fastppo.checkpoint import Checkpoint, save_model
 from fastppo.data.prompts import PromptBatch, decode
 from fastppo.models.loading import eos_token_ids, load_config, load_tokenizer
+from fastppo.options import check_kind
 from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
@@ -92,7 +93,8 @@ class PPOTrainer:
         resume_from_checkpoint: bool | str | Path = False,
         allow_changes: Sequence[str] = (),
     ) -> None:
-        self.args = args = args or PPOConfig()
+        self.args = args = PPOConfig() if args is None else args
+        check_kind("args", args, PPOConfig)
         self.name = model if isinstance(model, str) else str(model.config.name_or_path)
         if processing_class is None and not self.name:
             raise ValueError(
