@@ -12,7 +12,10 @@ from fastppo.profiling.meta import Ceilings, Cost
 
 def peak_tflops(ceilings: Ceilings, half: bool) -> float:
     """The flat part of the roof, in 1e12 operations a second."""
-    return ceilings.bf16_tflops if half else ceilings.fp32_tflops
+    if not half:
+        return ceilings.fp32_tflops
+    # the same may be computed in fp32, which on a CPU without instructions for bf16 is faster
+    return max(ceilings.bf16_tflops, ceilings.fp32_tflops)
 
 
 def floor_us(cost: Cost, ceilings: Ceilings) -> float:
