@@ -46,6 +46,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", OPERATIONS)
 def test_killed_at_every_operation(every: dict[str, Any], scenario: str) -> None:
     result = every[scenario]
@@ -54,6 +55,7 @@ def test_killed_at_every_operation(every: dict[str, Any], scenario: str) -> None
     assert result["kills"] == 2 * result["operations"]  # before it and halfway through it
 
 
+@pytest.mark.slow
 def test_every_scenario_is_looked_at(every: dict[str, Any]) -> None:
     assert every.keys() == OPERATIONS.keys()
 

@@ -76,6 +76,7 @@ def test_the_number_of_rows_is_no_part_of_a_kernel(rows, monkeypatch):
     assert {name: specialise(call) for name, call in cases().items()} == usual
 
 
+@pytest.mark.slow
 def test_profile_prints_the_table(capsys, monkeypatch):
     from fastppo.cli.main import main
 
@@ -84,6 +85,11 @@ def test_profile_prints_the_table(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert all(name in shown for name in cases())
     assert shown.count("gfx942") == len(cases())
+
+
+def test_a_target_that_is_none_is_refused(capsys):
+    from fastppo.cli.main import main
+
     assert main(["profile", "--aot", "--target", "sm_1"]) == 2
     assert "--target: expected one of sm_80, sm_90" in capsys.readouterr().err
 

@@ -11,16 +11,14 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = {*HERE.glob("interpreted/test_*.py"), HERE / "test_scans.py"}
-LOSSES = {
-    HERE / "interpreted" / f"test_{name}.py" for name in ("last_block", "ppo_loss", "value_loss")
-}
+QUICK = {HERE / "interpreted" / f"test_{name}.py" for name in ("last_block", "value_loss")}
 
 
 @pytest.mark.parametrize(
     ("files", "marks"),
     [
-        pytest.param(LOSSES, "not slow", id="losses"),
-        pytest.param(FILES - LOSSES, "not slow", id="rows-and-scans", marks=pytest.mark.slow),
+        pytest.param(QUICK, "not slow", id="quick"),
+        pytest.param(FILES - QUICK, "not slow", id="others", marks=pytest.mark.slow),
         pytest.param(FILES, "slow", id="longest", marks=pytest.mark.slow),
     ],
 )
