@@ -7,6 +7,7 @@ one iteration to the next. On a terminal without Unicode everything is drawn in 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -22,13 +23,15 @@ from fastppo.reporting.formatting import (
     format_number,
     format_percent,
     phase_seconds,
+    shorten,
     visible,
 )
 
 MAX_WIDTH = 120
 ACCENT = "cyan"
-_FIGURES: tuple[tuple[str, str, str, Callable[[Value], str]], ...] = (
-    # (row key, name in the panel, name in a plain line, format); two columns, the left one first
+Figure = tuple[str, str, str, Callable[[Value], str]]
+"""Row key, name in the panel, name in a plain line, format."""
+_FIGURES: tuple[Figure, ...] = (  # two columns, the left one first
     ("reward", "reward", "reward", format_number),
     ("kl", "KL", "kl", format_number),
     ("entropy", "entropy", "entropy", format_number),
@@ -91,22 +94,33 @@ class RunPanel:
         title = Text(self.encodable(heading), style="bold")
         return Panel(Group(*parts), title=title, title_align="left", width=width)  # type: ignore[arg-type]  # all renderables
 
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        """What is shown of a row: PPO's figures, or the first of another trainer's own."""
+        if not self.rows or "reward" in self.rows[-1]:
+            return _FIGURES
+        names = [n for n in self.rows[-1] if n != "iteration" and not n.startswith("seconds_")]
+        return tuple((n, n, n, format_number) for n in names[: len(_FIGURES)])
+
+    def history(self) -> list[Value]:
+        """The first figure of each row: the reward, where there is one."""
+        return [row.get(self.figures[0][0]) for row in self.rows] if self.figures else []
+
     def curve(
         self, width: int, height: int, *, span: int | None = None, plain: bool = False
     ) -> Text:
-        """The reward curve over `span` iterations (all so far by default); `plain` draws it in
-        ASCII.
+        """The curve of `history` over `span` iterations (all so far by default); `plain` draws it
+        in ASCII.
         """
-        rewards = [row.get("reward") for row in self.rows]
         braille = not (plain or self.ascii_only)
-        drawn = plot(rewards, width, height, first=self._first(), span=span, braille=braille)
+        drawn = plot(self.history(), width, height, first=self._first(), span=span, braille=braille)
         return Text(drawn, style=ACCENT, no_wrap=True, overflow="crop")
 
     def plain_line(self) -> str:
         """The last row's figures on one line."""
         row, width = self.rows[-1], len(str(self._total))
         parts = [f"[{self._done():>{width}}/{self._total}]"]
-        for key, _, name, show in _FIGURES:
+        for key, _, name, show in self.figures:
             parts.append(f"{name} {show(row.get(key)).replace(' %', '%')}")
         seconds = phase_seconds([row])
         total = sum(seconds.values())
@@ -135,9 +149,9 @@ class RunPanel:
         lines = [Text(), *self._grid(width), Text(), *self._phases(width)]
         room = min(13, height - len(lines) - 6)  # progress, borders, heading, and one free row
         room -= (room + 1) % 2  # an odd height leaves rows that ticks divide evenly
-        if room >= 5 and width >= 16 and finite(row.get("reward") for row in self.rows):
+        if room >= 5 and width >= 16 and finite(self.history()):
             curve = self.curve(width, room, span=self._span())
-            lines += [Text(), Text("reward", style="dim"), curve]
+            lines += [Text(), Text(self.figures[0][1], style="dim"), curve]
         return lines
 
     def _progress(self, width: int) -> Text:
@@ -155,22 +169,23 @@ class RunPanel:
 
     def _grid(self, width: int) -> list[Text]:
         narrow = width < 66
-        cell, half = width if narrow else (width - 3) // 2, len(_FIGURES) // 2
+        cell, half = width if narrow else (width - 3) // 2, (len(self.figures) + 1) // 2
         cells = []
-        for key, name, _, show in _FIGURES:
+        for key, name, _, show in self.figures:
             history = [row.get(key) for row in self.rows]
-            line = Text(f"{name:<14}", style="dim")
+            line = Text(f"{shorten(name, 13):<14}", style="dim")
             line.append_text(
                 Text(f"{self.encodable(show(history[-1])):>9}  ", style="not dim bold")
             )
             room = max(1, cell - len(line))
             spark = sparkline(history, room, ascii_only=self.ascii_only)
-            style = ACCENT if key == "reward" else "blue"
+            style = ACCENT if key == self.figures[0][0] else "blue"
             line.append_text(Text(f"{spark:<{room}}", style=f"not dim {style}"))
             cells.append(line)
         if narrow:
             return [_line(text) for text in cells]
-        return [_line(a, "   ", b) for a, b in zip(cells[:half], cells[half:], strict=True)]
+        pairs = itertools.zip_longest(cells[:half], cells[half:], fillvalue=Text())
+        return [_line(a, "   ", b) for a, b in pairs]
 
     def _phases(self, width: int) -> list[Text]:
         """A bar whose parts are the shares of time per phase over the run, and its legend."""

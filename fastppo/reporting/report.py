@@ -75,12 +75,14 @@ def write_curve_png(run_dir: str | Path) -> Path:
     axes = figure.add_subplot()
     x = [row["iteration"] for row in rows]
     rewards = [row.get("reward") for row in rows]
-    smooth = np.array(smoothed(rewards)[0], dtype=float)  # NaN where a value is missing
+    averages, window = smoothed(rewards)
+    smooth = np.array(averages, dtype=float)  # NaN where a value is missing
     alpha, marker = 0.35 if len(smooth) else 1.0, "." if len(x) < 2 else ""
     y = np.array(rewards, dtype=float)
-    axes.plot(x, y, color=_SAMPLED, alpha=alpha, linewidth=1, marker=marker)
+    axes.plot(x, y, color=_SAMPLED, alpha=alpha, linewidth=1, marker=marker, label="sampled")
     if len(smooth):
-        axes.plot(x, smooth, color=_SAMPLED, linewidth=1.8, label="sampled")
+        label = f"mean of {window} iterations"
+        axes.plot(x, smooth, color=_SAMPLED, linewidth=1.8, label=label)
     if evals:
         at, held_out = zip(*evals, strict=True)
         axes.plot(at, held_out, "o", color=_HELD_OUT, markersize=5, label="held out, greedy")

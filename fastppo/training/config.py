@@ -19,8 +19,8 @@ class RunConfig(Options):
     """Folder of the run, new or empty. Not set: runs/<date>-<time>."""
     seed: int = option(1, "≥ 0")
     """Every random choice is derived from (seed, iteration, purpose)."""
-    num_iterations: int = option(100, "≥ 1", may_differ='lr_schedule = "constant"')
-    """Number of generate → score → update rounds."""
+    num_iterations: int = option(100, "≥ 1", may_differ=True)
+    """Iterations of the run."""
     device: str = option("auto", may_differ=True)
     """cuda, cuda:1, cpu; auto: cuda where there is one."""
     eval_interval: int = option(0, "≥ 0", may_differ=True)
@@ -66,6 +66,9 @@ class OptimConfig(Options):
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(OptimConfig, RunConfig):
     """The learning rate over the iterations of a run."""
+
+    num_iterations: int = option(100, "≥ 1", may_differ='lr_schedule = "constant"')
+    """Number of generate → score → update rounds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

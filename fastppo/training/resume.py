@@ -205,7 +205,8 @@ def check_config(saved: Mapping[str, Any], args: Options, allowed: Iterable[str]
         fields = "\n".join(changed)
         raise ValueError(
             f"the configuration is not that of the run to resume:\n{fields}\nPut the old values "
-            "back, or name the fields in --allow-changes to continue with the new ones"
+            "back, or name the fields in allow_changes (--allow-changes) to continue with the new "
+            "ones"
         )
 
 

@@ -169,6 +169,7 @@ class Run:
         if self.eval_before is None:
             self.eval_before = trainer.evaluate()
         while self.iterations < self.args.num_iterations:
+            interrupts.check()
             self.store.check()
             try:
                 row, samples = trainer.iterate(self.iterations + 1, timer)
@@ -186,7 +187,7 @@ class Run:
             kept = ""
             if notice.keep:
                 tensors, state = self._state(trainer)
-                only = {"iteration": tensors["iteration"]}
+                only = {"iteration": tensors.get("iteration", {})}
                 kept = f". The batch is kept in {self._dump(notice.keep, only, state, samples)}"
             self.display.message(f"iteration {iteration}: {notice.text}{kept}")
         trainer.next_iteration()

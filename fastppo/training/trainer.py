@@ -17,7 +17,8 @@ from fastppo.training.metrics import PhaseTimer
 Row = dict[str, float]
 Sample = dict[str, Any]
 State = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
-"""Tensors by group and name, and what goes into JSON."""
+"""Tensors by group and name, and what goes into JSON. The group `iteration`, if there is one, is
+what the iteration under way has so far: what a Notice keeps."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,11 @@ class Trainer(Protocol):
     def iterate(self, iteration: int, timer: PhaseTimer) -> tuple[Row, list[Sample]]:
         """One iteration, counted from 1; what a stopped one had done already is not redone.
 
-        The row may have a `reward`, of which more is better: `keep_best` and the summary read it.
+        A signal stops a run between two iterations; within one, where this calls
+        `interrupts.check`, which belongs between any two pieces of work that take seconds.
+
+        The row has `iteration`, and may have a `reward`, of which more is better: `keep_best` and
+        the summary read it. Without one the display shows the first eight figures of the row.
         """
 
     def evaluate(self) -> dict[str, Any]:

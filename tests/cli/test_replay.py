@@ -164,7 +164,7 @@ def test_a_checkpoint_in_the_middle_of_an_update(project: Path, command: Command
     def check() -> None:
         nonlocal calls
         calls += 1
-        if calls == 30:
+        if calls == 32:
             raise interrupts.Interrupted(15)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -574,6 +574,7 @@ SAVED = {
 }
 # made anew by every process, or by every update from what is saved
 NEED_NOT_BE = {
+    "Run._begun": "this process has the run directory",
     "Run.metrics": "writes files",
     "Run.display": "shows rows of metrics.jsonl",
     "Run.started": "a time of this process; Run.seconds is saved",

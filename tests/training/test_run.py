@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from fastppo.checkpoint import Checkpoint, CheckpointError, RunInUseError, save_model
@@ -18,7 +22,7 @@ from fastppo.models.config import ModelConfig
 from fastppo.models.packed import PackedModel
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 from fastppo.training import interrupts
-from fastppo.training.config import ScheduleConfig
+from fastppo.training.config import RunConfig, ScheduleConfig
 from fastppo.training.errors import ForeignStateError, NonFiniteError
 from fastppo.training.metrics import PhaseTimer
 from fastppo.training.optim import apply_step, grad_norm, make_adamw
@@ -49,7 +53,6 @@ class TextTrainer:
 
     def iterate(self, iteration: int, timer: PhaseTimer) -> tuple[dict[str, float], list[Any]]:
         timer.take()
-        interrupts.check()
         rows = batch_indices(self.texts, 4, self.args.seed, iteration - 1)
         texts = [[3 + (i + j) % 10 for j in range(5)] for i in rows.tolist()]
         with timer("update"):
@@ -189,3 +192,66 @@ def test_a_folder_that_another_run_had_meanwhile_is_left_alone(tmp_path: Path) -
         second.train()
     assert {p: p.read_bytes() for p in before} == before
     first.train()  # its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountConfig(RunConfig):
+    """A configuration without an optimiser."""
+
+
+class Counter(TextTrainer):
+    """A trainer that knows of nothing but counting."""
+
+    def __init__(self, args: CountConfig, *, resume: bool = False) -> None:
+        self.run = Run(args, "count", resume=resume)
+        self.device, self.count = torch.device("cpu"), 0
+
+    def iterate(self, iteration: int, timer: PhaseTimer) -> tuple[dict[str, float], list[Any]]:
+        timer.take()
+        with timer("count"):
+            self.count += 1
+        return {"iteration": iteration, "total": self.count, "odd": self.count % 2}, []
+
+    def notices(self, row: dict[str, float]) -> Iterator[Notice]:
+        yield Notice("counted", keep="count")
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        return {"count": {"count": torch.tensor(self.count)}}, {}
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        self.count = int(checkpoint.tensors("count")["count"])
+
+    def summary(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def save_model(self, folder: Path) -> Path:
+        folder.mkdir()
+        return folder
+
+
+def test_the_least_trainer_is_shown_goes_on_and_keeps_what_it_has(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    args = CountConfig(output_dir=str(tmp_path / "run"), num_iterations=3)
+    assert Counter(args).train()["count"] == 3
+    assert "[3/3]  total 3.00  odd 1.00" in capfd.readouterr().out
+    assert (tmp_path / "run" / "dumps" / "iteration-000002-count").is_dir()
+    longer = dataclasses.replace(args, num_iterations=5, save_interval=1)
+    assert Counter(longer, resume=True).train()["count"] == 5
+
+
+def test_a_signal_stops_a_trainer_that_never_looks(tmp_path: Path) -> None:
+    class Signalled(Counter):
+        def iterate(self, iteration: int, timer: PhaseTimer) -> tuple[dict[str, float], list[Any]]:
+            if iteration == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().iterate(iteration, timer)
+
+    args = CountConfig(output_dir=str(tmp_path / "run"), num_iterations=9)
+    with pytest.raises(interrupts.Interrupted):
+        Signalled(args).train()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000003"]
+    assert Counter(args, resume=True).train()["count"] == 9
