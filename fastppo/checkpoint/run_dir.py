@@ -31,7 +31,7 @@ def new_run_dir(output_dir: str, below: str = "runs") -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
             f"output_dir: expected a folder that does not exist yet, got {str(path)!r}, which is "
-            "not empty. Choose another name, or move that one away"
+            "not empty. Choose another name, move that one away, or resume the run in it"
         )
     return path.resolve()
 

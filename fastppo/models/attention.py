@@ -207,8 +207,8 @@ def packed_attention(
     if cu_seqlens is None or cu_seqlens_host is None or max_seqlen is None:
         raise ValueError(
             "cu_seqlens: expected the sequence boundaries of a packed batch, got none. This model "
-            "is set to packed attention, which never guesses them. Call PackedModel.hidden; inside "
-            "PackedModel.unpacked() or after PackedModel.restore() it is an ordinary model"
+            "is set to packed attention, which never guesses them. Inside `with "
+            "step.policy.unpacked() as model:`, or PackedModel.unpacked(), it is an ordinary one"
         )
     for name, given in (
         ("attention_mask", attention_mask is not None),

@@ -288,7 +288,7 @@ def test_what_another_step_left_out_is_named(name: str, options: dict[str, Any])
 
 
 def test_values_are_named_by_an_update_that_clips_by_them() -> None:
-    step = make_step(clip_vloss=True)
+    step = make_step(clip_vloss=0.2)
     batch = step.advantages(step.evaluate(make_batch()), np.arange(6.0)).replace(values=None)
     with pytest.raises(ValueError, match=r"^batch\.values: .*got None. Call step.evaluate first"):
         step.update(batch)
