@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastppo import _C
+from fastppo.data.padded import pack_arguments, padded
 from fastppo.data.ragged import Int32s, checked_indices, select_layout
 
 _TORCH_DTYPES = {"int32": torch.int32, "float32": torch.float32, "bool": torch.bool}
@@ -225,41 +226,9 @@ class PackedSequences:
                 prompt's token after a response's; a row without a prompt.
         """
         ids = torch.as_tensor(ids)
-        if ids.ndim != 2:
-            raise ValueError(f"ids: expected shape (B, L), got {tuple(ids.shape)}")
-        prompt = _mask("prompt_mask", prompt_mask, ids)
-        response = _mask("response_mask", response_mask, ids)
-        counted = None if loss_mask is None else _mask("loss_mask", loss_mask, ids)
-        for row in np.flatnonzero(~prompt.any(1))[:1]:
-            raise ValueError(f"prompt_mask: expected a token in each row, got none in row {row}")
-        for row, column in np.argwhere(prompt & response)[:1]:
-            raise ValueError(
-                f"response_mask: expected no token of prompt_mask, got one at [{row}, {column}]"
-            )
-        late = prompt & (np.cumsum(response, 1) > 0)
-        for row, column in np.argwhere(late)[:1]:
-            raise ValueError(
-                f"prompt_mask: expected every token before the response's, got one after it at "
-                f"[{row}, {column}]. Put what a tool said into response_mask, with loss_mask False"
-            )
-        tokens = ids.detach().cpu().numpy()
-        for name, field in cls._packed_fields().items():
-            x = _rectangle(more.get(name)) if field["per"] == "responses" else None
-            if x is not None:
-                if x.shape != ids.shape:
-                    raise ValueError(
-                        f"{name}: expected shape {tuple(ids.shape)}, as ids, got {tuple(x.shape)}"
-                    )
-                more[name] = x.detach().float().cpu().numpy()[response]
-        return cls.pack(
-            tokens[prompt],
-            tokens[response],
-            prompt_lengths=prompt.sum(1),
-            response_lengths=response.sum(1),
-            loss_mask=None if counted is None else counted[response],
-            device=ids.device if device is None else device,
-            **more,
-        )
+        per_response = [n for n, f in cls._packed_fields().items() if f["per"] == "responses"]
+        given = pack_arguments(ids, prompt_mask, response_mask, loss_mask, more, per_response)
+        return cls.pack(**given, device=ids.device if device is None else device)
 
     def to_padded(self, x: Tensor, response_mask: Tensor, fill: float = 0.0) -> Tensor:
         """An (N,) array in the places of the response tokens it belongs to, others `fill`.
@@ -277,23 +246,7 @@ class PackedSequences:
             ValueError: the mask or x are of other sequences, told from how many tokens each row
                 has; of a mask on a GPU, which is not waited for, from its shape alone.
         """
-        if x.shape != (self.num_responses,):
-            raise ValueError(f"x: expected shape ({self.num_responses},), got {tuple(x.shape)}")
-        mask = torch.as_tensor(response_mask).to(torch.bool)
-        if mask.ndim != 2 or len(mask) != self.num_sequences:
-            raise ValueError(
-                f"response_mask: expected shape ({self.num_sequences}, L), got {tuple(mask.shape)}"
-            )
-        if mask.device.type == "cpu":
-            found, expected = mask.sum(1).numpy(), self.response_lengths
-            for row in np.flatnonzero(found != expected)[:1]:
-                raise ValueError(
-                    f"response_mask: expected {expected[row]} tokens in row {row}, got "
-                    f"{found[row]}. It is what from_padded took as response_mask, not loss_mask, "
-                    "with its rows in this batch's order"
-                )
-        mask = mask.to(x.device)
-        return x.new_full(mask.shape, fill).masked_scatter(mask, x)
+        return padded(x, response_mask, self.response_lengths, fill)
 
     @property
     def num_sequences(self) -> int:
@@ -455,30 +408,6 @@ def partition(lengths: Ints, k: int) -> list[list[int]]:
         ValueError: a negative length, or `k` < 1.
     """
     return _C.partition(lengths, k)
-
-
-def _mask(name: str, x: Any, ids: Tensor) -> NDArray[np.bool_]:
-    if x is None:
-        raise ValueError(f"{name}: expected shape (B, L), as ids {tuple(ids.shape)}, got None")
-    x = torch.as_tensor(x)
-    if x.shape != ids.shape:
-        raise ValueError(
-            f"{name}: expected shape (B, L), as ids {tuple(ids.shape)}, got {tuple(x.shape)}"
-        )
-    mask: NDArray[np.bool_] = (x.detach() != 0).cpu().numpy()
-    return mask
-
-
-def _rectangle(x: Any) -> Tensor | None:
-    """A two-dimensional tensor, array or list of lists as a tensor; None for all that `pack` is to
-    see as it is: flat, ragged or wrong.
-    """
-    if not isinstance(x, Tensor):
-        try:
-            x = torch.as_tensor(np.array(x))
-        except (TypeError, ValueError, RuntimeError):
-            return None
-    return x if x.ndim == 2 else None
 
 
 def _read_only(x: Int32s) -> Int32s:
