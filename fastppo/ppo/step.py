@@ -35,9 +35,10 @@ from torch.profiler import record_function
 from fastppo import ops
 from fastppo.options import check_kind
 from fastppo.ppo import update_metrics
-from fastppo.ppo.advantages import add_advantages, num_valid_sequences
+from fastppo.ppo.advantages import add_advantages
 from fastppo.ppo.config import KLConfig, PPOConfig
 from fastppo.ppo.experience import PackedBatch, check_batch, need
+from fastppo.ppo.gradients import accumulate
 from fastppo.ppo.policy import Policy
 from fastppo.ppo.update_metrics import StepStats
 from fastppo.training import interrupts
@@ -389,73 +390,14 @@ class PPOStep:
         Returns:
             The metric vector of `ops.PPO_METRIC_NAMES` (M,) and the value loss (), both fp32.
         """
-        aggregation = self.config.loss_aggregation
-        mask = need(batch, "loss_mask", "step.advantages")
-        total: Tensor | float = mask.sum()
-        if aggregation.startswith("seq-mean"):
-            total = num_valid_sequences(batch)
-        elif aggregation == "constant":
-            total = batch.num_sequences * self.config.max_response_length
-        weights = ops.loss_weights(batch.cu_responses, mask, aggregation=aggregation, total=total)
-        live = needed = batch.valid_lengths
-        if self._loss.zero_advantages_change_nothing:
-            live = batch.active_lengths
-            needed = needed if self.policy.value_head is not None else live
-        counted = np.flatnonzero(needed)
-        batch = batch.replace(weights=weights)
-        if 0 < len(counted) < batch.num_sequences:  # the others would be run for nothing
-            live, batch = live[counted], batch.select(counted)
-        bins = batch.bins(self.token_budget)
-        parts = [self._backward(batch.select(b), train_actor, int(live[b].sum())) for b in bins]
-        policy = ops.combine_ppo_metrics([part[0] for part in parts])
-        return policy, torch.stack([part[1] for part in parts]).sum()
-
-    def _backward(
-        self, batch: PackedBatch, train_actor: bool, num_live: int
-    ) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one micro-batch whose weights are already normalised; `num_live`
-        of its rows reach the head.
-        """
-        interrupts.check()
-        config, policy = self.config, self.policy
-        weights = need(batch, "weights", "ops.loss_weights")
-        if self._loss.kl_coef:
-            need(batch, "ref_logprobs", "step.evaluate")
-        if policy.value_head is not None and config.clip_vloss:
-            need(batch, "values", "step.evaluate")
-        with policy.actor.autocast():
-            with torch.set_grad_enabled(train_actor):
-                hidden, head = policy.actor.hidden(batch), policy.actor.head  # (T, H)
-                actor = ops.linear_ppo_loss(
-                    hidden.index_select(0, batch.rows),
-                    head.weight,
-                    batch.targets,
-                    need(batch, "old_logprobs", "step.evaluate"),
-                    need(batch, "advantages", "step.advantages"),
-                    weights,
-                    self._loss,
-                    ref_logprobs=batch.ref_logprobs,
-                    rollout_logprobs=batch.rollout_logprobs,
-                    bias=head.bias,
-                    temperature=config.temperature,
-                    cu_seqlens=batch.cu_responses,
-                    num_live=num_live,
-                    fp32_logits=config.fp32_logits,
-                )
-            loss = actor.loss
-            value_loss = torch.zeros((), device=batch.device)
-            if policy.value_head is not None:
-                critic = ops.value_loss(
-                    policy.values(policy.critic_hidden(batch, hidden).index_select(0, batch.rows)),
-                    batch.values,
-                    need(batch, "returns", "step.advantages"),
-                    weights,
-                    clip=config.clip_vloss or None,
-                )
-                loss = loss + config.vf_coef * critic.loss
-                value_loss = critic.loss.detach()
-        loss.backward()
-        return actor.metrics, value_loss
+        return accumulate(
+            self.policy,
+            batch,
+            self.config,
+            self._loss,
+            token_budget=self.token_budget,
+            train_actor=train_actor,
+        )
 
     def _count_nonfinite(
         self, skipped: list[int], progress: UpdateProgress, num_minibatches: int
