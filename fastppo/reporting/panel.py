@@ -104,7 +104,7 @@ class RunPanel:
 
     def history(self) -> list[Value]:
         """The first figure of each row: the reward, where there is one."""
-        return [row.get(self.figures[0][0]) for row in self.rows] if self.figures else []
+        return [row.get(key) for key, *_ in self.figures[:1] for row in self.rows]
 
     def curve(
         self, width: int, height: int, *, span: int | None = None, plain: bool = False
