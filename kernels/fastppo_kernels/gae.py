@@ -257,9 +257,13 @@ def gae_fwd(
     moments = empty_moments(blocks, values.device) if with_moments else None
     if n == 0:
         return advantages, returns, moments
-    if discounts is None and dtype == torch.float64:  # a kernel's number is float32
-        lambdas = [gae_lambda] + ([] if returns_lambda is None else [returns_lambda])
-        discounts = torch.stack([values.new_full((num_sequences,), x) for x in (gamma, *lambdas)])
+    if dtype == torch.float64:  # a kernel's number is float32
+        if discounts is None:
+            lambdas = [gae_lambda] + ([] if returns_lambda is None else [returns_lambda])
+            numbers = (gamma, *lambdas)
+            discounts = torch.stack([values.new_full((num_sequences,), x) for x in numbers])
+        if kl is not None:
+            kl, kl_coef = kl.double() * kl_coef, 1.0
     if discounts is not None:
         discounts = discounts.to(dtype)  # read as float64 it costs a float32 kernel registers
     two = returns_lambda is not None if discounts is None else discounts.shape[0] == 3

@@ -28,6 +28,15 @@ class Launch:
     """Of a thread on an NVIDIA GPU; None: ptxas decides, and may spill to fit more programs."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReductionLaunch(Launch):
+    """Knobs of a reduction over tokens; a program's columns are a block of them."""
+
+    programs: int
+    """The most there are: each takes several blocks where there are more of those. A number of its
+    own, and not the device's, so that the order of a sum is the same on every GPU."""
+
+
 Table = tuple[tuple[float, Launch], ...]
 
 

@@ -17,11 +17,10 @@ import triton
 import triton.language as tl
 
 from fastppo_kernels import ppo_entries
-from fastppo_kernels.ppo_entries import ENTRIES, SUMS, PPOTerms
+from fastppo_kernels.ppo_entries import ENTRIES, PPOTerms
 
 # Exponents of ratios and of the KL estimate are clamped to ± this.
 LIMIT = tl.constexpr(20.0)
-NUM_SUMS = tl.constexpr(len(SUMS))
 NUM_ENTRIES = tl.constexpr(len(ENTRIES))
 FIRST_ENTRY = tl.constexpr(ppo_entries.FIRST_ENTRY)
 

@@ -26,8 +26,8 @@ CONFIGS = {
     "everything": PPOLossConfig(dual_clip=1.2, kl_coef=0.1, ent_coef=0.02, is_correction="tis"),
     "sequence": PPOLossConfig(ratio_level="sequence", clip_coef_high=0.03, kl_coef=0.1),
 }
-# One program and many, whole and not; 131 073 needs more blocks than are combined at a time.
-SIZES = [1, 511, 512, 513, 65_537, 131_073]
+# One program and many, whole and not; 300 001 are more blocks than programs.
+SIZES = [1, 511, 512, 513, 65_537, 300_001]
 
 
 def draw(n, dtype=torch.float32, seed=0):

@@ -17,19 +17,19 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 from fastppo_kernels import last_block, ppo_loss, value_loss
-from fastppo_kernels.launch import Launch
+from fastppo_kernels.launch import ReductionLaunch
 from fastppo_kernels.ppo_math import PPOInputs
 
 from fastppo.ops import PPOLossConfig
 from fastppo.ops._cuda import ppo_knobs
 
-SMALL = Launch(16, 4)
+SMALL = ReductionLaunch(16, 4, programs=3)
 CONFIG = PPOLossConfig(kl_coef=0.1, ent_coef=0.1)
 LAUNCHERS = {
     "ppo_loss": lambda x: ppo_loss.ppo_loss(
-        *x[:2], PPOInputs(*x[2:]), ppo_knobs(CONFIG), table=SMALL, chunk=2
+        *x[:2], PPOInputs(*x[2:]), ppo_knobs(CONFIG), table=SMALL
     ),
-    "value_loss": lambda x: value_loss.value_loss(*x[:4], 0.2, None, table=SMALL, chunk=2),
+    "value_loss": lambda x: value_loss.value_loss(*x[:4], 0.2, None, table=SMALL),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1; run by test_interpreted.py", allow_module_level=True)
 
-from fastppo_kernels.launch import Launch
+from fastppo_kernels.launch import ReductionLaunch
 from fastppo_kernels.ppo_loss import ppo_loss
 from fastppo_kernels.ppo_math import PPOInputs
 
@@ -19,8 +19,8 @@ from fastppo.ops._cuda import ppo_knobs
 from fastppo.ops._ppo_loss_config import config_arguments
 from fastppo.ops._ppo_loss_op import ppo_loss_torch, ppo_loss_triton
 
-# Blocks of 16 tokens, 2 of them combined at a time: 100 tokens are 7 blocks in 4 steps.
-SMALL = {"table": Launch(16, 4), "chunk": 2}
+# Blocks of 16 tokens, 3 programs: 100 tokens are 7 blocks in 3 steps.
+SMALL = ReductionLaunch(16, 4, programs=3)
 KL = {"kl_coef": 0.1, "kl_estimator": "k1"}
 CONFIGS = {
     "plain": PPOLossConfig(),
@@ -40,7 +40,7 @@ CONFIGS = {
 
 def launch(tensors, config):
     lp, entropy, *constants = tensors
-    return ppo_loss(lp, entropy, PPOInputs(*constants), ppo_knobs(config), **SMALL)
+    return ppo_loss(lp, entropy, PPOInputs(*constants), ppo_knobs(config), SMALL)
 
 
 def draw(n, dtype=torch.float32):

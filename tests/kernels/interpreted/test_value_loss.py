@@ -10,12 +10,13 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1; run by test_interpreted.py", allow_module_level=True)
 
-from fastppo_kernels.value_loss import Launch, value_loss
+from fastppo_kernels.launch import ReductionLaunch
+from fastppo_kernels.value_loss import value_loss
 
 from fastppo.ops.value_loss import value_loss_reference, value_loss_triton
 
-# Blocks of 16 tokens, 2 of them combined at a time; then the default launch.
-SMALL = Launch(16, 4)
+# Blocks of 16 tokens, 3 programs.
+SMALL = ReductionLaunch(16, 4, programs=3)
 
 
 def inputs(n, dtype=torch.float32):
