@@ -2,6 +2,7 @@
 # Everything worth knowing about fastppo on one GPU machine, in under nine minutes, offline.
 #
 #   bench/gpu.sh [--device cuda] [--sizes gpu] [--wheels DIR] [--stages "NAME ..."] [--seconds 520]
+#                [--choices "NAME ..."]
 #
 # Installs fastppo (from a wheel of it in DIR, which must be of this tree, or by building it: that
 # needs a C++ compiler, scikit-build-core and pybind11), then runs, the most telling first:
@@ -16,6 +17,7 @@
 #
 # --wheels: a folder of wheels to install first, such as tyro's and the peers' (`make wheels`).
 # --stages: these alone, in the order above; what an earlier call left in OUT is kept.
+# --choices: those of gpu_choices.py that are tried; all of them otherwise.
 # --seconds: for everything; a stage is cut short, or left out, where the rest is less than its
 # limit. --device cpu --sizes smoke goes through all of it on a machine without a GPU.
 #
@@ -25,11 +27,11 @@
 # the Python to use (python3), one that has torch.
 set -uo pipefail
 
-device=cuda sizes=gpu wheels= seconds=520
+device=cuda sizes=gpu wheels= seconds=520 choices=
 stages="first step loss choices logprobs linear ops profile growth sanitizer"
 while [ $# -gt 0 ]; do
   case $1 in
-    --device | --sizes | --wheels | --stages | --seconds)
+    --device | --sizes | --wheels | --stages | --choices | --seconds)
       [ $# -ge 2 ] || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
       declare "${1#--}=$2"
       shift 2
@@ -146,7 +148,9 @@ if wanted step; then
 fi
 bench loss 90 linear_ppo_loss
 if wanted choices && [ "$device" != cpu ]; then
-  run choices 120 env PYTHONPATH="$PYTHONPATH:$root/bench" "$python" bench/gpu_choices.py --output "$results/choices.json"
+  # shellcheck disable=SC2086 # names
+  run choices 240 env PYTHONPATH="$PYTHONPATH:$root/bench" "$python" bench/gpu_choices.py \
+    $choices --output "$results/choices.json"
 fi
 bench logprobs 60 token_logprobs_forward token_logprobs
 bench linear 80 linear_logprobs_forward linear_logprobs

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
+from fastppo.benchmarks.clock import Timer
 from fastppo.profiling.ceilings import measure_ceilings
 
 DEVICE = torch.device("cuda")
@@ -53,6 +56,102 @@ def say(choice: str, what: str, value: Any) -> None:
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
     rng = torch.Generator(DEVICE).manual_seed(seed)
     return torch.randn(*shape, device=DEVICE, generator=rng).to(dtype)
+
+
+def microseconds(calls: list[Callable[[], object]]) -> float:
+    """The median of one of several calls whose inputs together are larger than the L2 cache, from
+    a CUDA graph of them."""
+    timer = Timer(calls, DEVICE, graph=True)
+    assert timer.mode == "graph", timer.note
+    return statistics.median(timer.sample() for _ in range(15)) * 1e6
+
+
+def scans() -> None:
+    """Tokens, warps and registers of a program of the GAE scan, in one launch and in two."""
+    from fastppo_kernels.gae import gae_fwd
+    from fastppo_kernels.scan import LAUNCH, ScanLaunch
+
+    candidates = [LAUNCH] + [
+        ScanLaunch(block, warps, max_registers=registers, chunk=128, one_launch=LAUNCH.one_launch)
+        for block, warps, registers in (
+            (512, 4, None),
+            (512, 8, None),
+            (1024, 4, None),
+            (1024, 8, None),
+            (1024, 8, 128),
+            (2048, 8, None),
+            (2048, 16, 128),
+        )
+    ]
+
+    def at(b: int, t: int) -> None:
+        n = b * t
+        cu_seqlens = torch.arange(b + 1, dtype=torch.int32, device=DEVICE) * t
+        sets = []
+        for seed in range(max(2, 2**23 // n)):
+            values, rewards = normal(2, n, dtype=torch.float32, seed=seed)
+            sets.append((values, rewards, values > -1.5))
+
+        def call(x: tuple[Tensor, ...], knobs: ScanLaunch) -> tuple[Tensor, ...]:
+            values, rewards, mask = x
+            numbers = {"gamma": 0.99, "gae_lambda": 0.95}
+            return gae_fwd(
+                values, cu_seqlens, rewards=rewards, mask=mask, max_seqlen=t, knobs=knobs, **numbers
+            )[:2]
+
+        expected = call(sets[0], LAUNCH)
+        for c in candidates:
+            line = []
+            for name, limit in (("one launch", 1 << 30), ("two", 0)):
+                knobs = ScanLaunch(
+                    c.block, c.num_warps, max_registers=c.max_registers, chunk=128, one_launch=limit
+                )
+                for a, e in zip(call(sets[0], knobs), expected, strict=True):
+                    torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+                took = microseconds([lambda x=x, k=knobs: call(x, k) for x in sets])
+                line.append(f"{name} {took:.1f} µs")
+            what = f"{b}x{t} block={c.block} warps={c.num_warps} registers={c.max_registers}"
+            say("scans", what, "; ".join(line))
+
+    for b, t in ((64, 16_384), (4096, 256), (65_536, 16), (64, 4096)):
+        at(b, t)
+
+
+def losses() -> None:
+    """Tokens and warps of a program of the losses, and how many there are."""
+    from fastppo_kernels.launch import ReductionLaunch
+    from fastppo_kernels.ppo_loss import ppo_loss
+    from fastppo_kernels.ppo_math import PPOInputs, PPOKnobs
+    from fastppo_kernels.value_loss import value_loss
+
+    knobs = PPOKnobs(0.8, 1.2, float("inf"), 0.05, 0.0, 2.0, 0.5, 5.0, kl=3, correction=0)
+    shapes = ((512, 8), (512, 4), (1024, 8), (256, 4))
+    for n in (65_536, 1_048_576):
+        sets = []
+        for seed in range(max(2, 2**22 // n)):
+            lp, noise, more, advantages, returns = normal(5, n, dtype=torch.float32, seed=seed)
+            lp = -lp.abs()
+            weights = torch.full((n,), 1 / n, device=DEVICE)
+            inputs = PPOInputs(lp + 0.1 * noise, advantages, weights, lp + 0.1 * more, None)
+            sets.append((lp, inputs, noise, returns, weights))
+        for block, warps in shapes:
+            for programs in (132, 264, 528, 1 << 20):
+                if programs > 1000 and (block, warps) != (512, 8):
+                    continue
+                table = ReductionLaunch(block, warps, programs=min(programs, n // block))
+                took = (
+                    microseconds(
+                        [lambda x=x, t=table: ppo_loss(x[0], None, x[1], knobs, t) for x in sets]
+                    ),
+                    microseconds(
+                        [
+                            lambda x=x, t=table: value_loss(*x[2:4], x[3], x[4], 0.2, None, t)
+                            for x in sets
+                        ]
+                    ),
+                )
+                what = f"N={n} block={block} warps={warps} programs={table.programs}"
+                say("losses", what, "ppo {:.1f} µs; value {:.1f} µs".format(*took))
 
 
 def rows() -> None:
@@ -199,11 +298,30 @@ def decode() -> None:
             say("decode", f"{name} S={s}: 16 new shapes s; one again ms", (first, again))
 
 
+def profiled(
+    work: Callable[[], object],
+) -> tuple[float, int, float, list[tuple[str, int, float]]]:
+    """Wall seconds, kernels, their seconds, and the 25 that take longest with ms."""
+    work()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - start
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        work()
+        torch.cuda.synchronize()
+    found = [e for e in recorded.key_averages() if e.self_device_time_total > 0]
+    found.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in found) / 1e6
+    top = [(e.key[:90], e.count, e.self_device_time_total / 1e3) for e in found[:25]]
+    return wall, sum(e.count for e in found), total, top
+
+
 def model() -> None:
     """Kernels of a decoded token and of an update at Qwen2.5-0.5B's shape, and what they take."""
     import numpy as np
     from bench_step import make_model, prepared
-    from torch.profiler import ProfilerActivity, profile
 
     from fastppo import PackedBatch, PPOConfig, PPOStep
     from fastppo.rollout.engine import Sampling
@@ -217,24 +335,6 @@ def model() -> None:
 
     def rollout(new: int) -> Any:
         return engine.generate(prompts, Sampling(max_new_tokens=new, eos_token_ids=(), seed=0))
-
-    def profiled(
-        work: Callable[[], object],
-    ) -> tuple[float, int, float, list[tuple[str, int, float]]]:
-        work()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        wall = time.perf_counter() - start
-        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-            work()
-            torch.cuda.synchronize()
-        found = [e for e in recorded.key_averages() if e.self_device_time_total > 0]
-        found.sort(key=lambda e: -e.self_device_time_total)
-        total = sum(e.self_device_time_total for e in found) / 1e6
-        top = [(e.key[:90], e.count, e.self_device_time_total / 1e3) for e in found[:25]]
-        return wall, sum(e.count for e in found), total, top
 
     both = [profiled(lambda new=new: rollout(new)) for new in (8, 24)]
     steps = 16
@@ -258,6 +358,80 @@ def model() -> None:
     )
     for name, count, took in top:
         say("model", f"update x{count} {name}", round(took, 3))
+
+
+def compiled() -> None:
+    """Decoder layers under torch.compile, attention apart: what it takes from an update and a
+    decoded token at Qwen2.5-0.5B's shape, what it costs at first, and what it does to gradients."""
+    import bench_step
+    from transformers import AttentionInterface
+
+    from fastppo import PPOConfig, PPOStep
+    from fastppo.models import attention, setup
+    from fastppo.rollout.engine import Sampling
+    from fastppo.rollout.packed import PackedEngine
+
+    def made(precision: str) -> PPOStep:
+        config = PPOConfig(
+            precision=precision,
+            num_minibatches=1,
+            kl_coef=0.05,
+            token_budget=16_384,
+            learning_rate=1e-12,  # gradients before and after are compared
+        )
+        return PPOStep(bench_step.make_model("random-qwen2.5-0.5b", DEVICE), config)
+
+    options = bench_step.Options(
+        sequences=64, prompt_tokens=(64, 256), response_tokens=(32, 512), seed=0
+    )
+    few = bench_step.Options(
+        sequences=8, prompt_tokens=(64, 256), response_tokens=(32, 512), seed=1
+    )
+    vocab = 151_936
+    step = made("bf16")
+    batch = bench_step.prepared(step, bench_step.make_batch(options, vocab), 0)
+    small = bench_step.prepared(step, bench_step.make_batch(few, vocab), 0)
+    engine = PackedEngine(step.policy.actor)
+    prompts = [batch.input_ids[i * 160 : i * 160 + 160].cpu().numpy() for i in range(64)]
+
+    def gradient(of: PPOStep) -> Tensor:
+        of.accumulate_gradients(small)
+        parameters = of.policy.actor.trained()
+        found = torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])
+        for p in parameters:
+            p.grad = None
+        return found
+
+    def rollout() -> object:
+        return engine.generate(prompts, Sampling(max_new_tokens=32, eos_token_ids=(), seed=0))
+
+    def measure(name: str) -> Tensor:
+        start = time.perf_counter()
+        found = gradient(step)
+        torch.cuda.synchronize()
+        say("compiled", f"{name}: first gradient, s", round(time.perf_counter() - start, 2))
+        wall, count, total, top = profiled(lambda: step.update(batch))
+        best = min(milliseconds(lambda: step.update(batch), 1) for _ in range(3))
+        mfu = bench_step.operations(step.policy.actor.model, batch) / best / peak / 1e9
+        what = f"{name}: update of {batch.num_tokens} tokens, ms, best ms, kernels, GPU ms, MFU"
+        say("compiled", what, (wall * 1e3, best, count, total * 1e3, mfu))
+        for kernel, count, took in top[:16]:
+            say("compiled", f"{name} x{count} {kernel}", round(took, 3))
+        say("compiled", f"{name}: rollout of 64 rows, 32 tokens, ms", milliseconds(rollout, 2))
+        return found
+
+    peak = measure_ceilings(DEVICE).bf16_tflops
+    plain = measure("plain")
+    exact = made("fp32")
+    exact.policy.actor.model.load_state_dict(step.policy.actor.model.state_dict())
+    truth = gradient(exact)
+    AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.packed_attention))
+    for layer in setup.trunk_of(step.policy.actor.model).layers:
+        layer.compile(dynamic=True)
+    after = measure("compiled")
+    for name, x in (("plain", plain), ("compiled", after)):
+        gap = float((x - truth).norm() / truth.norm())
+        say("compiled", f"{name}: gradient in bf16 from that in fp32", gap)
 
 
 def cute() -> None:
@@ -298,7 +472,9 @@ def cute() -> None:
         say("cute", f"{n}x{h}x{v} Liger CuTe ms", round(milliseconds(lambda: peer(False)), 3))
 
 
-CHOICES = {f.__name__: f for f in (rows, products, grouped, decode, model, cute)}
+CHOICES = {
+    f.__name__: f for f in (scans, losses, rows, compiled, products, grouped, decode, model, cute)
+}
 
 
 def main() -> None:
@@ -306,8 +482,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(CHOICES), metavar="NAME")
     parser.add_argument("--output", default="gpu-choices.json")
     options = parser.parse_args()
+    if os.path.exists(options.output):  # of other choices
+        with open(options.output, encoding="utf-8") as file:
+            RESULTS.update(json.load(file))
     failed: list[str] = []
     for name in options.names:
+        RESULTS.pop(name, None)
         start = time.perf_counter()
         try:
             CHOICES[name]()
