@@ -1,6 +1,7 @@
 """Does a change leave every number as it was?
 
-    python bench/compare_commits.py BEFORE AFTER [--full] [--only NAME ...] [--allow "METRIC=why"]
+    python bench/compare_commits.py BEFORE AFTER [--full] [--resume] [--only NAME ...] \
+        [--allow "METRIC=why"]
 
 BEFORE and AFTER are revisions of this repository, or `.` for the working tree. Code that is moved
 or rewritten must compute what it computed. Tests hold that to tolerances, and only for what they
@@ -12,7 +13,8 @@ else does, or where a scenario fails.
 
 The two sides run at the same time, on one thread each, for about two minutes on two quiet cores.
 Each revision is built once, in about a minute, and kept in `--cache`. `--full` adds the demo and
-the addition example on its real model: five minutes more.
+the addition example on its real model: five minutes more. With `--resume`, AFTER goes on with what
+BEFORE has saved, and has to end where BEFORE does by itself.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ def train(built: Path, project: Path, out: Path, phases: list[str], only: Sequen
     Raises:
         RuntimeError: the process ended otherwise than it should.
     """
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "COLUMNS": "120"}
     env |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     for phase in phases:
@@ -210,6 +212,7 @@ def main(
     /,
     *,
     full: bool = False,
+    resume: bool = False,
     only: tuple[str, ...] = (),
     allow: UseAppendAction[tuple[str, ...]] = (),
     cache: Path = CACHE,
@@ -219,6 +222,7 @@ def main(
     Args:
         before, after: revisions, or `.` for the working tree.
         full: the demo and the addition example too.
+        resume: AFTER resumes the checkpoints of BEFORE; instead of everything else.
         only: names of the scenarios to run; none: all.
         allow: NAME=why: a metric that may differ, or a pattern of such names.
         cache: folder in which built revisions are kept.
@@ -232,16 +236,17 @@ def main(
     make = [sys.executable, str(SCENARIOS), "make", str(project)]
     subprocess.run(make, stderr=subprocess.DEVNULL, check=True)
     trees = [tree_of(before), tree_of(after)]
-    phases = ["tiny", "resume", *(["full"] if full else [])]
+    phases = ["straight"] if resume else ["tiny", "resume", *(["full"] if full else [])]
     with ThreadPoolExecutor() as pool:
         made = {tree: pool.submit(build, tree, cache) for tree in trees}
         built = [made[tree].result() for tree in trees]
         ready = time.perf_counter()
-        runs = [
-            pool.submit(train, folder, project, work / side, phases, only)
-            for folder, side in zip(built, ("before", "after"), strict=True)
-        ]
-        outs = [run.result() for run in runs]
+        first = pool.submit(train, built[0], project, work / "before", phases, only)
+        if resume:
+            train(built[0], project, work / "after", ["half"], only)
+            phases = ["rest"]
+        after_out = train(built[1], project, work / "after", phases, only)
+        outs = [first.result(), after_out]
     for side, revision, tree in zip(("before", "after"), (before, after), trees, strict=True):
         print(f"{side}: {revision} (tree {tree[:10]})")
     print(f"{ready - started:.0f} s to build, {time.perf_counter() - ready:.0f} s to run")

@@ -1,7 +1,7 @@
 """The runs that bench/compare_commits.py compares: one process, the fastppo of one revision.
 
     python bench/compare_scenarios.py make PROJECT
-    python -I bench/compare_scenarios.py tiny | resume | full SITE SOURCE PROJECT [NAME ...]
+    python -I bench/compare_scenarios.py PHASE SITE SOURCE PROJECT [NAME ...]
 
 `make` writes tiny models, prompts, rewards and one TOML file for each scenario, without fastppo.
 The others run scenarios in the working folder, each in a folder of its name, with the fastppo that
@@ -68,6 +68,8 @@ FILES: dict[str, Any] = dict(
 GROUPS: dict[str, Any] = dict(prompts_per_iteration=4, n_samples=3)
 SEPARATE: dict[str, Any] = dict(critic="separate", critic_learning_rate=2e-3)
 RESUMED = "stopped-and-resumed"
+CONSTANT = ["--lr-schedule", "constant"]
+PARTS = {"straight": [], "half": ["--num-iterations", "3"], "rest": ["--resume"]}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "gae-shared": dict(),
     "gae-separate": SEPARATE,
@@ -165,7 +167,8 @@ def run_phase(phase: str, site: Path, source: Path, project: Path, only: list[st
     """Run the scenarios of a phase in the working folder; what fails leaves NAME.failed.
 
     Args:
-        phase: "tiny", "resume" or "full".
+        phase: "tiny"; "resume", what stopped in it; "full", the demo and the example; "straight",
+            or the "half" of it and the "rest", with a schedule that does not look ahead.
         site: where that fastppo is installed, and the only place it may come from.
         source: the revision's files.
         project: what `make_project` made.
@@ -182,6 +185,8 @@ def run_phase(phase: str, site: Path, source: Path, project: Path, only: list[st
     def command(*arguments: str | Path, status: int = 0) -> Callable[[Path], None]:
         def run(folder: Path) -> None:
             torch.manual_seed(0)
+            if "--resume" in arguments and not list(folder.glob("checkpoints/*")):
+                raise RuntimeError("no checkpoint to go on from")
             got = main([*map(str, arguments), "--output-dir", str(folder)])
             if got != status:
                 raise RuntimeError(f"exit status {got}, expected {status}; see log.txt")
@@ -193,6 +198,9 @@ def run_phase(phase: str, site: Path, source: Path, project: Path, only: list[st
 
     if phase == "resume":
         runs = {RESUMED: train(RESUMED, "--resume")}
+    elif phase in PARTS:
+        names = [name for name in SCENARIOS if name != RESUMED]
+        runs = {name: train(name, *CONSTANT, *PARTS[phase]) for name in names}
     elif phase == "full":
         example = source / "examples" / "arithmetic.toml"
         runs = {"demo": command("demo"), "arithmetic": command("train", "--config", example)}
