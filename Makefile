@@ -121,7 +121,7 @@ $(TRL_STAMP): bench/end_to_end/requirements-trl.txt constraints.txt
 
 wheel: setup
 	rm -rf dist
-	$(PIP) wheel --no-deps -w dist -C cmake.define.FASTPPO_WERROR=ON .
+	$(PIP) wheel --no-deps -w dist --config-settings=cmake.define.FASTPPO_WERROR=ON .
 
 clean:
 	rm -rf $(VENV) $(TRL_VENV) build dist wheels .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
