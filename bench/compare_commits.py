@@ -230,6 +230,8 @@ def main(
     allowed = {**ALLOWED, **{name: why for name, _, why in (a.partition("=") for a in allow)}}
     if unexplained := [name for name, why in allowed.items() if not why.strip()]:
         sys.exit(f"--allow {unexplained[0]}: expected a reason, as in {unexplained[0]}=renamed")
+    if resume and full:
+        sys.exit("--full: expected no --resume beside it, which runs neither demo nor example")
     started = time.perf_counter()
     work = Path(tempfile.mkdtemp(prefix="fastppo-runs-"))
     project = work / "project"

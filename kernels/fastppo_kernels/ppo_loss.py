@@ -25,7 +25,7 @@ from fastppo_kernels.ppo_math import (
     ppo_terms,
 )
 
-# Two programs for each of an H200's multiprocessors; no more blocks than that at 65,536 tokens.
+# Two programs for each of an H200's multiprocessors. Not measured on a GPU yet (docs/gpu.md).
 LAUNCH = ReductionLaunch(block=512, num_warps=8, programs=264)
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 

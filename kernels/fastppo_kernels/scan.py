@@ -41,7 +41,8 @@ class ScanLaunch(Launch):
     they read as many again."""
 
 
-# Not measured on a GPU yet. Left to itself, ptxas spills a few of some 90 registers.
+# Of one program a multiprocessor; others are not measured yet (docs/gpu.md). Left to itself, ptxas
+# spills a few of some 90 registers.
 LAUNCH = ScanLaunch(block=1024, num_warps=16, max_registers=128, chunk=128, one_launch=4096)
 
 

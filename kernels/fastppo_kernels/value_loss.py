@@ -24,7 +24,7 @@ from fastppo_kernels.last_block import arrival_counter, four, is_last, load_vali
 from fastppo_kernels.launch import ReductionLaunch, check_device, launch
 
 NUM_METRICS = 8
-# Two programs for each of an H200's multiprocessors; no more blocks than that at 65,536 tokens.
+# Two programs for each of an H200's multiprocessors. Not measured on a GPU yet (docs/gpu.md).
 LAUNCH = ReductionLaunch(block=512, num_warps=8, programs=264)
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 
