@@ -85,7 +85,7 @@ def ppo_loss_kernel(
     sums = tl.zeros([BLOCK // FOLD, 16], tl.float32)
     more_sums = tl.zeros([BLOCK // FOLD, 2], tl.float32)
     maxima = more_sums
-    for step in range(0, tl.cdiv(num_tokens, BLOCK * num_programs)):
+    for step in range(0, (num_tokens - 1) // (BLOCK * num_programs) + 1):
         offs = (program + step * num_programs) * BLOCK + tl.arange(0, BLOCK)
         inside = offs < num_tokens
         w = tl.load(inputs.weights + offs, mask=inside, other=0.0).to(tl.float32)

@@ -40,10 +40,14 @@ def _twice_rho(x, huber):
 
 @triton.jit
 def _moments(counts, means, m2s):
-    """Mean and second moment around it of parts (2, K) with counts (K,), by Chan's rule: (2,)."""
-    mean = tl.sum(counts[None, :] * means, axis=1) / tl.maximum(tl.sum(counts, axis=0), 1.0)
-    away = means - mean[:, None]
-    return mean, tl.sum(m2s + counts[None, :] * away * away, axis=1)
+    """Mean and second moment around it of parts (2, K) with counts (K,), by Chan's rule: (2,).
+    Means are averaged around their average, which float32 rounds when they are large."""
+    n = tl.maximum(tl.sum(counts, axis=0), 1.0)
+    about = tl.sum(counts[None, :] * means, axis=1) / n
+    off = means - about[:, None]
+    rest = tl.sum(counts[None, :] * off, axis=1) / n
+    away = off - rest[:, None]
+    return about + rest, tl.sum(m2s + counts[None, :] * away * away, axis=1)
 
 
 @triton.jit
@@ -86,9 +90,10 @@ def value_loss_kernel(
     program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     sums = tl.zeros([BLOCK, 4], tl.float32)
     counts = tl.zeros([BLOCK], tl.float32)
-    means = tl.zeros([2, BLOCK], tl.float32)  # Welford's, of each lane
-    m2s = means
-    for step in range(0, tl.cdiv(num_tokens, BLOCK * num_programs)):
+    origins = tl.zeros([2, BLOCK], tl.float32)  # what each lane saw first
+    means = origins  # Welford's, of what is left without it: large numbers keep their spread
+    m2s = origins
+    for step in range(0, (num_tokens - 1) // (BLOCK * num_programs) + 1):
         offs = (program + step * num_programs) * BLOCK + tl.arange(0, BLOCK)
         inside = offs < num_tokens
         w = tl.load(weights_ptr + offs, mask=inside, other=0.0).to(tl.float32)
@@ -113,16 +118,19 @@ def value_loss_kernel(
 
         one = valid.to(tl.float32)
         sums += four(one, 0.5 * w * size, (cut & valid).to(tl.float32), v).reshape(BLOCK, 4)
-        counts += one
         both = tl.join(target, -error).trans()
+        origins = tl.where((valid & (counts == 0.0))[None, :], both, origins)
+        counts += one
+        both -= origins
         away = tl.where(valid[None, :], both - means, 0.0)
         means += away / tl.maximum(counts, 1.0)[None, :]
         m2s += tl.where(valid[None, :], away * (both - means), 0.0)
     part_ptr = parts_ptr + program
     sum_rows, mean_rows = tl.arange(0, 4), 4 + 2 * tl.arange(0, 2)
-    mean, m2 = _moments(counts, means, m2s)
+    about = tl.sum(counts[None, :] * origins, axis=1) / tl.maximum(tl.sum(counts, axis=0), 1.0)
+    mean, m2 = _moments(counts, origins - about[:, None] + means, m2s)
     tl.store(part_ptr + sum_rows * num_programs, tl.sum(sums, axis=0))
-    tl.store(part_ptr + mean_rows * num_programs, mean)
+    tl.store(part_ptr + mean_rows * num_programs, about + mean)
     tl.store(part_ptr + (mean_rows + 1) * num_programs, m2)
     if is_last(arrivals_ptr, num_programs):
         _combine(loss_ptr, metrics_ptr, parts_ptr, num_programs, PARTS)

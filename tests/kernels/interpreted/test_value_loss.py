@@ -53,6 +53,21 @@ def test_against_float64(n, clip, huber):
     assert all(torch.equal(a, b) for a, b in zip(again, result, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("programs", "rtol"), [(1, 2e-5), (3, 1e-3)]
+)  # means are parts, in float32
+def test_large_returns_keep_their_spread(programs, rtol):
+    rng = torch.Generator().manual_seed(0)
+    returns = 1e6 + 4 * torch.randn(800, generator=rng)
+    values, weights = torch.zeros(800), torch.ones(800)
+    table = ReductionLaunch(16, 4, programs=programs)
+    metrics = value_loss(values, None, returns, weights, None, None, table)[2]
+    mean, spread = returns.double().mean(), returns.double().var(correction=0) * 800
+    torch.testing.assert_close(
+        metrics[4:6].double(), torch.stack([mean, spread]), rtol=rtol, atol=0
+    )
+
+
 def test_float64_stays_float64():
     args = inputs(100, torch.float64)
     loss, grad, metrics = value_loss_triton(*args, 0.2, None)
