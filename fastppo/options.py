@@ -11,11 +11,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import difflib
 import functools
 import os
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import NoneType, SimpleNamespace, UnionType
@@ -55,8 +56,19 @@ def option(
     return dataclasses.field(default=default, metadata=said)
 
 
+class _Named(type):
+    """Calls a class by the names of its fields only, and says which is nearest to a wrong one."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no option {name!r}{nearest(name, known)}")
+        return super().__call__(*args, **options)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(metaclass=_Named):
     """A configuration whose fields are checked, one by one and then against each other."""
 
     def __post_init__(self) -> None:
@@ -76,7 +88,10 @@ class Options:
         object.__setattr__(self, name, value)
         said = about(type(self), name)
         if said.get("required") and not value:
-            raise ValueError(f"{name}: expected a value, got none. Set it in the config file")
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"{name}: expected a value, got none. Set it in the config file or by --{flag}"
+            )
         limits = said.get("limits")
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if part is not None and limits and not within(part, limits):
@@ -184,6 +199,12 @@ def described(hint: Any) -> str:
 def shown(value: Any) -> str:
     """A value and its type, on one line."""
     return f"{' '.join(reprlib.repr(value).split())} ({type(value).__name__})"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: the one that was probably meant."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:

@@ -92,8 +92,18 @@ def test_an_option_whose_condition_fails_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["model", "dataset", "reward"])
 def test_what_is_required_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: "):
+    with pytest.raises(ValueError, match=f"^{name}: .* in the config file or by --{name}$"):
         TrainConfig(**{**MINIMAL, name: type(MINIMAL[name])()})
+
+
+@pytest.mark.parametrize("kind", [PPOConfig, TrainConfig, ProfileConfig, RewardLimits])
+def test_a_misspelt_option_names_the_nearest(kind: type[Options]) -> None:
+    name = dataclasses.fields(kind)[-1].name
+    wrong = f"{name[:2]}_{name[2:]}"
+    with pytest.raises(TypeError, match=f"^{kind.__name__} has no option {wrong!r}.*{name!r}"):
+        kind(**{wrong: 1})
+    with pytest.raises(TypeError, match=f"^{kind.__name__} has no option 'x'$"):
+        kind(x=1)
 
 
 def test_every_option_has_a_string_under_it() -> None:

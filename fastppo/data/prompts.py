@@ -47,8 +47,8 @@ class PromptDataset:
             by its chat template with the generation prompt added (or, when the last message is the
             assistant's, left open to be continued).
         max_prompt_length: in tokens, ≥ 1; None for no limit.
-        overlong: what to do with longer prompts: "error" refuses the dataset, "filter" leaves them
-            out and counts them.
+        overlong_prompts: what to do with longer ones: "error" refuses the dataset, "filter" leaves
+            them out and counts them.
 
     Raises:
         ValueError: see `load_records`; also a reserved column name, chat prompts mixed with plain
@@ -62,7 +62,7 @@ class PromptDataset:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_prompt_length: int | None = None,
-        overlong: Literal["error", "filter"] = "error",
+        overlong_prompts: Literal["error", "filter"] = "error",
     ) -> None:
         records = load_records(source)
         kinds = ["plain" if isinstance(record["prompt"], str) else "chat" for record in records]
@@ -86,7 +86,7 @@ class PromptDataset:
             raise ValueError(
                 f"prompt of row {empty} has no tokens ({prompts[empty]!r}); remove the row"
             )
-        kept = _within_limit(ids, max_prompt_length, overlong)
+        kept = _within_limit(ids, max_prompt_length, overlong_prompts)
         self.num_filtered = len(ids) - len(kept)
         self.ids = [ids[i] for i in kept]
         self.prompts = [prompts[i] for i in kept]
@@ -127,7 +127,7 @@ def _within_limit(
         raise ValueError(
             f"max_prompt_length is {limit} tokens but {count} of {len(ids)} prompts are longer, "
             f"first row {first} with {ids[first].size} (longest: {max(r.size for r in ids)}); "
-            "raise max_prompt_length or leave them out with overlong='filter'"
+            "raise max_prompt_length or leave them out with overlong_prompts = 'filter'"
         )
     if not kept:
         raise ValueError(

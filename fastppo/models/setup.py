@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.models.attention import FAMILIES, NAME
+from fastppo.options import shown
 
 Precision = Literal["fp32", "bf16"]
 
@@ -22,12 +23,27 @@ def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def check_model(model: Any, name: str) -> None:
+    """Refuse what is not a transformers model.
+
+    Raises:
+        ValueError: it is something else, called `name` in the message.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
+        raise ValueError(
+            f"{name}: expected a transformers model, got {shown(model)}. Load it first: "
+            "AutoModelForCausalLM.from_pretrained(...)"
+        )
+
+
 def unwrap(model: Any, name: str) -> Any:
     """The transformers model itself; inside a PEFT model it has the adapters built in.
 
     Raises:
-        ValueError: an adapter that is not built into the layers, called `name` in the message.
+        ValueError: no transformers model, or an adapter that is not built into the layers, called
+            `name` in the message.
     """
+    check_model(model, name)
     if not is_peft(model):
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(

@@ -7,7 +7,7 @@ huber = κ, κ·(|x| − κ/2) where |x| > κ,
     ∂L/∂v = w·ρ'(v − R), or 0 where the clipped branch is the larger one
 
 Source: CleanRL ppo.py, `clip_vloss`. With a badly initialised critic the clip freezes learning:
-clip=None turns it off. `weights` hold mask and normaliser, so micro-batches add up exactly.
+clip=0 or None turns it off. `weights` hold mask and normaliser, so micro-batches add up exactly.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def value_loss_reference(
     keep = weights != 0
     v, target = values[keep], returns[keep]
     error = square = size(v - target)
-    if clip is not None:
+    if clip:
         assert old_values is not None
         old = old_values[keep]
         square = torch.max(error, size(torch.clamp(v, old - clip, old + clip) - target))
@@ -267,10 +267,10 @@ def value_loss(
 
     Args:
         values: (N,) floating, the critic's current values. Differentiable.
-        old_values: (N,) values at rollout time, constant; may be None when clip is None.
+        old_values: (N,) values at rollout time, constant; may be None without a clip.
         returns: (N,) constant targets.
         weights: (N,) from `loss_weights`: 0 for masked tokens, which may hold NaN anywhere.
-        clip: largest move of a value away from old_values, in reward units; None: no clip.
+        clip: largest move of a value away from old_values, in reward units; 0 or None: no clip.
         huber: error beyond which the loss grows linearly, in reward units; None: squared.
 
     Returns:
@@ -285,6 +285,7 @@ def value_loss(
         check_rows(name, x, values)
     if clip is not None and not clip >= 0:
         raise ValueError(f"clip: expected None or a number >= 0, got {clip}")
+    clip = clip or None
     if huber is not None and not huber > 0:
         raise ValueError(f"huber: expected None or a number > 0, got {huber}")
     if clip is not None and old_values is None:

@@ -112,7 +112,7 @@ def _backward(
                 batch.values,
                 need(batch, "returns", "step.advantages"),
                 weights,
-                clip=config.clip_vloss or None,
+                clip=config.clip_vloss,
             )
             loss = loss + config.vf_coef * critic.loss
             value_loss = critic.loss.detach()

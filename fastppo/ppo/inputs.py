@@ -28,7 +28,7 @@ def make_inputs(
     tokenizer: Any,
     train_dataset: Any,
     eval_dataset: Any,
-    reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]],
+    reward_funcs: Callable[..., Any] | str | Sequence[Callable[..., Any] | str],
     reward_weights: Sequence[float] | None,
 ) -> Inputs:
     """Read and tokenise the prompts, and check that a run with them can work.
@@ -39,7 +39,7 @@ def make_inputs(
         tokenizer: the model's tokenizer.
         train_dataset: anything `load_records` reads.
         eval_dataset: likewise, or None.
-        reward_funcs: what scores a completion.
+        reward_funcs: what scores a completion, or its name.
         reward_weights: weight of each, or None for 1 each.
 
     Raises:
@@ -54,7 +54,7 @@ def make_inputs(
             source,
             tokenizer,
             max_prompt_length=args.max_prompt_length,
-            overlong=args.overlong_prompts,
+            overlong_prompts=args.overlong_prompts,
         )
         for source in (train_dataset, eval_dataset)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastppo.models.config import NamedModelConfig
@@ -34,10 +35,10 @@ def load_models(
     loaded = load_model(model) if isinstance(model, str) else model
     if peft_config is not None:
         loaded = with_adapter(loaded, peft_config, derive_seed(seed, 0, "adapter"))
-    if isinstance(ref_model, str):
-        ref_model = load_model(ref_model, "ref_model")
-    if isinstance(value_model, str):
-        value_model = load_value_model(value_model)
+    if isinstance(ref_model, (str, Path)):
+        ref_model = load_model(str(ref_model), "ref_model")
+    if isinstance(value_model, (str, Path)):
+        value_model = load_value_model(str(value_model))
     return loaded, {"ref_model": ref_model, "value_model": value_model}
 
 

@@ -219,10 +219,11 @@ def _check_apart(models: dict[str, Any]) -> None:
     """Refuse models that would train, or freeze, each other.
 
     Raises:
-        ValueError: two of them share weights.
+        ValueError: two of them share weights, or one is no model.
     """
     owners: dict[int, str] = {}
     for name, model in models.items():
+        setup.check_model(model, name)
         for p in model.parameters():
             if (owner := owners.setdefault(id(p), name)) != name:
                 raise ValueError(

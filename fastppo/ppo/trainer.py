@@ -18,6 +18,7 @@ import numpy as np
 from fastppo.checkpoint import Checkpoint, save_model
 from fastppo.data.prompts import PromptBatch, decode
 from fastppo.models.loading import eos_token_ids, load_config, load_tokenizer
+from fastppo.models.setup import check_model
 from fastppo.options import check_kind
 from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
@@ -52,7 +53,8 @@ class PPOTrainer:
         model: a model, or the name of one (see `fastppo.models.find_model`).
             Trained in place.
         reward_funcs: one or several reward functions `f(prompts, completions, **columns)`, each
-            returning a list of scores (None: cannot score this one). May be async.
+            returning a list of scores (None: cannot score this one). May be async. Or the name of
+            one: "file.py:function", "module:function", the folder of a reward model.
         train_dataset: a path, a `datasets.Dataset` or a list of dicts, with a `prompt` column:
             plain text, or chat messages.
         args: the configuration.
@@ -78,14 +80,14 @@ class PPOTrainer:
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
-        reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]],
+        model: PreTrainedModel | str | Path,
+        reward_funcs: Callable[..., Any] | str | Sequence[Callable[..., Any] | str],
         train_dataset: Any,
         args: PPOConfig | None = None,
         *,
         eval_dataset: Any = None,
-        ref_model: PreTrainedModel | str | None = None,
-        value_model: PreTrainedModel | str | None = None,
+        ref_model: PreTrainedModel | str | Path | None = None,
+        value_model: PreTrainedModel | str | Path | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         reward_weights: Sequence[float] | None = None,
@@ -95,6 +97,9 @@ class PPOTrainer:
     ) -> None:
         self.args = args = PPOConfig() if args is None else args
         check_kind("args", args, PPOConfig)
+        model = str(model) if isinstance(model, Path) else model
+        if not isinstance(model, str):
+            check_model(model, "model")
         self.name = model if isinstance(model, str) else str(model.config.name_or_path)
         if processing_class is None and not self.name:
             raise ValueError(

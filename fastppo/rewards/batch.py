@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fastppo.rewards.calls import call_functions
 from fastppo.rewards.failures import FailureWindow, Losses, RewardFailure
 from fastppo.rewards.functions import BoundFunction, RewardFunction
 from fastppo.rewards.limits import RewardLimits
+from fastppo.rewards.loading import resolve_reward
 from fastppo.rewards.model import RewardModel
 from fastppo.rewards.pool import Pool
 
@@ -47,7 +49,8 @@ class Rewards:
     """Several reward functions, called together and summed with weights.
 
     Args:
-        funcs: one callable or a sequence of them (functions, async functions, RewardModel).
+        funcs: one callable or several (functions, async functions, RewardModel), or their names;
+            see `resolve_reward`.
         weights: one finite number per function; 1 each when None.
         limits: how functions run and how much may fail; in this process, and nothing, when None.
 
@@ -55,16 +58,20 @@ class Rewards:
 
     Raises:
         TypeError: something is not callable, or cannot be called by keyword.
-        ValueError: no function, or weights of the wrong number or not finite.
+        ValueError: no function, none of a name, or weights of the wrong number or not finite.
     """
 
     def __init__(
         self,
-        funcs: RewardFunction | Sequence[RewardFunction],
+        funcs: RewardFunction | str | Path | Sequence[RewardFunction | str | Path],
         weights: Sequence[float] | None = None,
         limits: RewardLimits | None = None,
     ) -> None:
-        listed: list[Any] = [funcs] if callable(funcs) else list(funcs)
+        one = callable(funcs) or isinstance(funcs, (str, Path))
+        if not one and not isinstance(funcs, Iterable):
+            raise TypeError(f"reward_funcs: expected one function or several, got {funcs!r}")
+        named: list[Any] = [funcs] if one else list(funcs)  # type: ignore[arg-type]
+        listed = [resolve_reward(f) if isinstance(f, (str, Path)) else f for f in named]
         if not listed:
             raise ValueError("reward_funcs must hold at least one function, got none")
         for index, func in enumerate(listed):

@@ -306,16 +306,16 @@ def test_select_keeps_order_and_repeats() -> None:
 def test_overlong_prompts_are_refused_or_counted_never_cut() -> None:
     tokenizer = make_tokenizer(None)
     rows = [{"prompt": " ".join(["w1"] * n), "n": n} for n in (2, 5, 3, 4, 6)]
-    with pytest.raises(ValueError, match=r"is 3 tokens but 3 of 5 .* first row 1 with 5 .*: 6\)"):
+    with pytest.raises(ValueError, match=r"3 of 5 .* row 1 with 5 .*: 6\).* overlong_prompts = "):
         PromptDataset(rows, tokenizer, max_prompt_length=3)
-    data = PromptDataset(rows, tokenizer, max_prompt_length=3, overlong="filter")
+    data = PromptDataset(rows, tokenizer, max_prompt_length=3, overlong_prompts="filter")
     assert data.num_filtered == 3
     assert data.columns == {"n": [2, 3]}
     assert [len(row) for row in data.ids] == [2, 3]
     assert data.prompts == [rows[0]["prompt"], rows[2]["prompt"]]
     assert len(PromptDataset(rows, tokenizer, max_prompt_length=6)) == 5
     with pytest.raises(ValueError, match=r"leaves none of the 5 prompts \(shortest: 2\)"):
-        PromptDataset(rows, tokenizer, max_prompt_length=1, overlong="filter")
+        PromptDataset(rows, tokenizer, max_prompt_length=1, overlong_prompts="filter")
 
 
 def test_what_cannot_be_a_prompt_dataset_is_refused() -> None:

@@ -49,6 +49,14 @@ def test_huber_is_quadratic_near_and_linear_far():
     assert v.grad.tolist() == [0.5, 1.0, -1.0]
 
 
+@pytest.mark.parametrize("loss", [value_loss, value_loss_reference])
+def test_a_clip_of_0_is_off(loss, rng):
+    v, old, *rest = inputs(257, rng)
+    off = run(loss, (v, None, *rest), None)
+    assert all(map(torch.equal, off, run(loss, (v, None, *rest), 0)))
+    assert not torch.equal(off[0], run(loss, (v, old, *rest), 0.2)[0])
+
+
 def test_custom_op(rng):
     v, old, returns, w = inputs(30, rng)
     for optional in ((None, None), (0.2, None), (0.2, 0.5)):

@@ -258,3 +258,12 @@ def test_an_interrupted_evaluation_is_repeated(monkeypatch: pytest.MonkeyPatch) 
         step.evaluate(make_batch())
     again, plain = step.evaluate(make_batch()), make_step().evaluate(make_batch())
     assert torch.equal(again.old_logprobs, plain.old_logprobs)
+
+
+@pytest.mark.parametrize("role", ["model", "ref_model", "value_model"])
+@pytest.mark.parametrize("other", ["smollm2-135m-instruct", torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_named(role: str, other: Any) -> None:
+    models = {"model": tiny_model(32, seed=0), role: other}
+    config = PPOConfig(critic="separate", precision="fp32", device="cpu")
+    with pytest.raises(ValueError, match=f"^{role}: expected a transformers model, got "):
+        PPOStep(config=config, **models)

@@ -352,3 +352,40 @@ def test_a_reward_that_would_be_trained_is_refused(tmp_path: Path) -> None:
                 make()
         else:
             make()
+
+
+def test_models_and_rewards_may_be_paths(saved: Path, tmp_path: Path) -> None:
+    classifier = LlamaForSequenceClassification(tiny_model(len(WORDS), seed=0).config)
+    classifier.config.num_labels = 1
+    classifier.score = torch.nn.Linear(classifier.config.hidden_size, 1, bias=False)
+    classifier.save_pretrained(tmp_path / "reward")
+    word_tokenizer().save_pretrained(tmp_path / "reward")
+    options: dict[str, Any] = {"critic": "separate", "kl_coef": 0.1, "num_iterations": 1}
+    PPOTrainer(
+        saved,
+        str(tmp_path / "reward"),  # a name, not a list of letters
+        ROWS,
+        config(tmp_path / "run", **options),
+        ref_model=saved,
+        value_model=tmp_path / "reward",
+    ).train()
+    [row] = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert row["reward/reward"] == row["reward"]  # by the name of its folder
+
+
+@pytest.mark.parametrize("rewards", ["no-such-folder", ["no-such-folder"]])
+def test_a_reward_of_no_such_name_is_named(rewards: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'no-such-folder' must be .*reward model"):
+        train(tmp_path, rewards)
+
+
+@pytest.mark.parametrize("rewards", [None, 3])
+def test_what_is_no_reward_is_named(rewards: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=f"^reward_funcs: expected .*, got {rewards}"):
+        train(tmp_path, rewards)
+
+
+@pytest.mark.parametrize("other", [None, 3, torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_named(other: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^model: expected a transformers model, got "):
+        PPOTrainer(other, larger_digit, ROWS, config(tmp_path / "run"))
