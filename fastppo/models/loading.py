@@ -20,6 +20,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from fastppo.options import check_kind
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -165,10 +167,15 @@ def load_config(name: str) -> Any:
 
 
 def with_adapter(model: Any, peft_config: PeftConfig, seed: int) -> Any:
-    """A PEFT model whose adapter starts from `seed`; the global generator is put back."""
-    import torch
-    from peft import get_peft_model
+    """A PEFT model whose adapter starts from `seed`; the global generator is put back.
 
+    Raises:
+        ValueError: `peft_config` is something else.
+    """
+    import torch
+    from peft import PeftConfig, get_peft_model
+
+    check_kind("peft_config", peft_config, PeftConfig)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, peft_config)

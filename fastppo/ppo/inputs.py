@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fastppo.data.prompts import PromptDataset
 from fastppo.models.attention import check_supported
+from fastppo.options import shown
 from fastppo.ppo.config import PPOConfig
 from fastppo.rewards import RewardLimits, Rewards
 
@@ -43,10 +44,12 @@ def make_inputs(
         reward_weights: weight of each, or None for 1 each.
 
     Raises:
-        ValueError: a model that packed attention does not support, prompts that do not fit, a
-            reward function that needs a column which the data does not have.
+        ValueError: a model that packed attention does not support, no tokenizer, prompts that do
+            not fit, a reward function that needs a column which the data does not have.
     """
     check_supported(model_config)
+    if not callable(tokenizer):
+        raise ValueError(f"processing_class: expected a tokenizer, got {shown(tokenizer)}")
     train, held_out = (
         None
         if source is None

@@ -19,7 +19,7 @@ from fastppo.checkpoint import Checkpoint, save_model
 from fastppo.data.prompts import PromptBatch, decode
 from fastppo.models.loading import eos_token_ids, load_config, load_tokenizer
 from fastppo.models.setup import check_model
-from fastppo.options import check_kind
+from fastppo.options import check_kind, shown
 from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
@@ -97,6 +97,8 @@ class PPOTrainer:
     ) -> None:
         self.args = args = PPOConfig() if args is None else args
         check_kind("args", args, PPOConfig)
+        if engine is not None and not callable(getattr(engine, "generate", None)):
+            raise ValueError(f"engine: expected an object with generate, got {shown(engine)}")
         model = str(model) if isinstance(model, Path) else model
         if not isinstance(model, str):
             check_model(model, "model")

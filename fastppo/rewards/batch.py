@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,10 @@ def unique_names(funcs: Sequence[RewardFunction]) -> list[str]:
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
-    checked = [float(weight) for weight in weights]
+    given: Any = weights
+    if not isinstance(given, Iterable) or not all(isinstance(w, Real) for w in given):
+        raise TypeError(f"reward_weights: expected a list of numbers, got {given!r}")
+    checked = [float(weight) for weight in given]
     if len(checked) != count:
         raise ValueError(
             f"reward_weights must have one number per reward function: expected {count}, "

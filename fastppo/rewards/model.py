@@ -23,6 +23,7 @@ from fastppo.data.sequences import PackedSequences
 from fastppo.models.attention import any_shape_attention, is_supported
 from fastppo.models.loading import DATA_ONLY
 from fastppo.models.packed import PackedModel
+from fastppo.models.setup import check_model
 from fastppo.training.memory import free_memory, is_out_of_memory
 
 
@@ -73,6 +74,7 @@ class RewardModel:
             self.device = torch.device(device if device is not None else default)
             self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         else:
+            check_model(model, "model")
             if tokenizer is None:
                 raise ValueError(
                     "tokenizer must be given with a model that is already loaded: "

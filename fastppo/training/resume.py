@@ -23,7 +23,7 @@ from fastppo.checkpoint import (
     verify,
 )
 from fastppo.checkpoint.lock import LOCK
-from fastppo.options import Options, about, holds
+from fastppo.options import Options, about, holds, shown
 from fastppo.training.config import RunConfig
 
 
@@ -55,6 +55,8 @@ def find_run(resume: bool | str | Path, output_dir: str) -> tuple[Path | None, P
                 "folder, or set output_dir"
             )
         return found[-1].parent.resolve(), None
+    if not isinstance(resume, (str, Path)):
+        raise ValueError(f"resume: expected a path, True or False, got {shown(resume)}")
     path = Path(resume).expanduser().resolve()
     named = path if path.parent.name == "checkpoints" else None
     run_dir = path.parent.parent if named else path

@@ -389,3 +389,35 @@ def test_what_is_no_reward_is_named(rewards: Any, tmp_path: Path) -> None:
 def test_what_is_no_model_is_named(other: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^model: expected a transformers model, got "):
         PPOTrainer(other, larger_digit, ROWS, config(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("processing_class", "tokenizer"),
+        ("peft_config", {"r": 8}),
+        ("engine", PPOConfig),
+        ("reward_weights", "1"),
+        ("reward_weights", 1.0),
+        ("ref_model", 3),
+        ("value_model", {}),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(argument: str, value: Any, tmp_path: Path) -> None:
+    given = {"processing_class": word_tokenizer(), argument: value}
+    options = config(tmp_path / "run", critic="separate", kl_coef=0.1)
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected .*, got ") as error:
+        PPOTrainer(tiny_model(len(WORDS), seed=0), larger_digit, ROWS, options, **given)
+    assert repr(value)[:10] in str(error.value)
+
+
+def test_a_run_to_resume_is_a_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^resume: expected a path, True or False, got 3"):
+        PPOTrainer(
+            tiny_model(len(WORDS), seed=0),
+            larger_digit,
+            ROWS,
+            config(tmp_path / "run"),
+            processing_class=word_tokenizer(),
+            resume_from_checkpoint=3,  # type: ignore[arg-type]
+        )

@@ -752,3 +752,8 @@ def test_arithmetic_data_is_what_the_script_writes(tmp_path: Path) -> None:
     assert (len(train), len(held_out)) == (65, 16)
     questions = [record["prompt"][-1]["content"] for record in [*train, *held_out]]
     assert len(set(questions)) == 81
+
+
+def test_what_is_no_reward_model_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^model: expected a transformers model, got 3 \(int\)"):
+        RewardModel(3)  # type: ignore[arg-type]
