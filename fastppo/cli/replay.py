@@ -21,6 +21,7 @@ from fastppo.data.prompts import decode
 from fastppo.models.loading import load_tokenizer
 from fastppo.ppo.config import PPOConfig, TrainConfig
 from fastppo.ppo.experience import PackedBatch
+from fastppo.ppo.identity import check_identity
 from fastppo.ppo.models import load_models, named_models
 from fastppo.ppo.state import Iteration, frozen_digest, load_trainer_state
 from fastppo.ppo.step import PPOStep
@@ -89,7 +90,8 @@ def load_step(checkpoint: Checkpoint, model: str) -> tuple[PPOStep, Iteration, s
             f"{checkpoint.path}: expected the parameters before the step, got a batch that was "
             "kept for reading. Its samples are in state.json"
         )
-    return step, load_trainer_state(checkpoint, step, {"frozen": frozen_digest(step)}), name
+    check_identity(checkpoint.state["run"], {"frozen": frozen_digest(step)})
+    return step, load_trainer_state(checkpoint, step), name
 
 
 def _compare(step: PPOStep, minibatch: PackedBatch, checkpoint: Checkpoint) -> bool:

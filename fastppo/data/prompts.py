@@ -8,13 +8,13 @@ has to be saved to continue it.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from fastppo.data.identity import differences, digests, earlier_digest
 from fastppo.data.sources import load_records
 
 if TYPE_CHECKING:
@@ -92,18 +92,47 @@ class PromptDataset:
         self.prompts = [prompts[i] for i in kept]
         names = [name for name in records[0] if name != "prompt"]
         self.columns = {name: [records[i][name] for i in kept] for name in names}
+        self._tokenizer = tokenizer
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of tokens and columns: whether a run continues on the same prompts."""
-        digest = hashlib.sha256()
-        for ids in self.ids:
-            digest.update(np.int32(ids.size).tobytes() + ids.tobytes())
-        digest.update(json.dumps(self.columns, sort_keys=True, default=repr).encode())
-        return digest.hexdigest()
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """JSON by which a continuation knows the prompts again, see `changed`.
+
+        What was given and what encodes it, apart from the tokens that this came to: a template may
+        write today's date.
+        """
+        template = self._tokenizer.chat_template if self.conversational else None
+        return {
+            "rows": len(self),
+            "conversational": self.conversational,
+            "columns": {
+                name: digests(values)
+                for name, values in ({"prompt": self.prompts} | self.columns).items()
+            },
+            "tokenizer": digests([[self._tokenizer.get_vocab(), template]]),
+            "tokens": digests([row.tobytes() for row in self.ids]),
+        }
+
+    def changed(
+        self, saved: Mapping[str, Any] | str, read: Callable[[str], bool]
+    ) -> tuple[str, str]:
+        """What differs from the data of a run that is continued.
+
+        Args:
+            saved: the run's `identity`, or the one digest that older checkpoints have.
+            read: whether a reward function reads a column.
+
+        Returns:
+            What makes it another training, and what only should be known; empty where nothing does.
+        """
+        if not isinstance(saved, str):
+            return differences(saved, self.identity, read)
+        if saved == earlier_digest(self.ids, self.columns):
+            return "", ""
+        return "their digest is another (a checkpoint as old as this one says no more)", ""
 
     def select(self, indices: Sequence[int] | np.ndarray) -> PromptBatch:
         """The prompts at `indices`, repeats allowed, in that order."""

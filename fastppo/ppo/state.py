@@ -35,12 +35,6 @@ from fastppo.training.trainer import State
 
 Tensors = dict[str, Tensor]
 
-_IDENTITY = {
-    "precision": "the precision is",
-    "prompts": "the digest of the training prompts is",
-    "reward_names": "the reward functions are",
-    "frozen": "the digest of the frozen and reference parameters is",
-}
 _COUNTERS = ("iteration", "kl_coef", "nonfinite_in_a_row", "token_budget")
 
 
@@ -72,28 +66,20 @@ def trainer_state(step: PPOStep, current: Iteration) -> State:
     return {**step_tensors(step), "iteration": tensors}, {"step": counters, "iteration": under_way}
 
 
-def load_trainer_state(
-    checkpoint: Checkpoint, step: PPOStep, identity: Mapping[str, Any]
-) -> Iteration:
+def load_trainer_state(checkpoint: Checkpoint, step: PPOStep) -> Iteration:
     """Put a step where a verified checkpoint is.
 
     Args:
         checkpoint: a verified one.
         step: is changed.
-        identity: what the checkpoint's run must have in common with this one, by the names of
-            `_IDENTITY`.
 
     Returns:
         The iteration under way.
 
     Raises:
-        ForeignStateError: the checkpoint is of another run. Nothing has been changed then.
+        ForeignStateError: see `load_step`. Nothing has been changed then.
     """
     state = checkpoint.state
-    for name, ours in identity.items():
-        theirs = state["run"][name]
-        if ours != theirs:
-            raise ForeignStateError(f"{_IDENTITY[name]} {theirs} there and {ours} here")
     policy, optimizer = checkpoint.tensors("policy"), checkpoint.tensors("optimizer")
     load_step(step, state["step"], policy, optimizer)
     tensors = checkpoint.tensors("iteration")

@@ -23,6 +23,7 @@ from fastppo.options import check_kind, shown
 from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
+from fastppo.ppo.identity import check_identity
 from fastppo.ppo.inputs import make_inputs
 from fastppo.ppo.models import load_models
 from fastppo.ppo.rollout_metrics import check_scored, evaluation, sample_rows, score_metrics
@@ -70,7 +71,8 @@ class PPOTrainer:
         resume_from_checkpoint: continue a run exactly where its newest valid checkpoint is: True
             (the run in `args.output_dir`), a run directory, or one checkpoint. Everything else
             must be what the run was started with.
-        allow_changes: fields of `args` that may differ from the run that is resumed.
+        allow_changes: fields of `args` that may differ from the run that is resumed, and of what
+            it was given: "model", "dataset", "reward", "reward_weights".
 
     Raises:
         ValueError: anything in the arguments that cannot work, before training starts; the run is
@@ -142,6 +144,7 @@ class PPOTrainer:
         self.current = Iteration()
         """What the iteration under way has so far."""
         self._frozen = ""
+        self._allowed = tuple(allow_changes)
 
     def train(self) -> dict[str, Any]:
         """Run all iterations, save the model and write the report.
@@ -292,8 +295,9 @@ class PPOTrainer:
         """What a continuation must have in common with this run."""
         return {
             "precision": self.step.precision,
-            "prompts": self.train_data.digest,
+            "prompts": self.train_data.identity,
             "reward_names": self.rewards.names,
+            "reward_weights": self.rewards.weights,
             "frozen": self._frozen,
         }
 
@@ -321,8 +325,18 @@ class PPOTrainer:
         Raises:
             ForeignStateError: it is of another model, other prompts or other rewards.
         """
-        self.current = load_trainer_state(checkpoint, self.step, self.identity())
         state = checkpoint.state
+        notes = check_identity(
+            state["run"],
+            self.identity(),
+            self.train_data,
+            read=self.rewards.reads,
+            allowed=self._allowed,
+        )
+        self.current = load_trainer_state(checkpoint, self.step)
+        if notes and self.current.row is None:  # what it has so far is of the others
+            self.current, self.step.progress = Iteration(), None
+        self.run.opened.notes.extend(notes)
         if state["config"]["token_budget"] != self.args.token_budget:
             self.step.token_budget = self.args.token_budget
         self.token_budget_shown = self.step.token_budget

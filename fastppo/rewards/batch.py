@@ -115,7 +115,7 @@ class Rewards:
         """Continue from what `state_dict` gave."""
         self._window.load_state_dict(state)
         for name, model in self._models().items():
-            model.token_budget = state["token_budgets"][name]
+            model.token_budget = state["token_budgets"].get(name, model.token_budget)
 
     def _models(self) -> dict[str, RewardModel]:
         return {f.name: f.model for f in self._functions if f.model is not None}
@@ -124,6 +124,10 @@ class Rewards:
     def names(self) -> list[str]:
         """The display name of each function, unique."""
         return [function.name for function in self._functions]
+
+    def reads(self, column: str) -> bool:
+        """Whether a function takes a column of the dataset."""
+        return any(f.accepted is None or column in f.accepted for f in self._functions)
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Refuses a function that requires a column which the dataset does not have.

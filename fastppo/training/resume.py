@@ -26,6 +26,9 @@ from fastppo.checkpoint.lock import LOCK
 from fastppo.options import Options, about, holds, shown
 from fastppo.training.config import RunConfig
 
+INPUTS = ("model", "dataset", "reward", "reward_weights")
+"""What a trainer is given besides its configuration, as `allow_changes` names it."""
+
 
 def find_run(resume: bool | str | Path, output_dir: str) -> tuple[Path | None, Path | None]:
     """The run directory to continue, and the checkpoint in it that was asked for by name.
@@ -233,7 +236,7 @@ def check_allowed(args: Options, allowed: Sequence[str], resume: bool | str | Pa
     Raises:
         ValueError: a name that no option has, or names without `resume`.
     """
-    names = list(_defaults(args))
+    names = list({**_defaults(args), **dict.fromkeys(INPUTS)})
     if unknown := [name for name in allowed if name not in names]:
         near = difflib.get_close_matches(unknown[0], names, n=1)
         hint = f". Did you mean {near[0]!r}?" if near else ""

@@ -255,49 +255,73 @@ def other_model(base: Path) -> tuple[str, ...]:
     tiny_model(len(WORDS), seed=1).save_pretrained(base / "weights")
     shutil.copy(base / "model" / "tokenizer.json", base / "weights")
     shutil.copy(base / "model" / "tokenizer_config.json", base / "weights")
-    return ("--model", "weights", "--allow-changes", "model")
+    return ("--model", "weights")
 
 
 def other_shapes(base: Path) -> tuple[str, ...]:
-    return ("--train-layers", "1", "--allow-changes", "train_layers")
+    return ("--train-layers", "1")
 
 
 def other_prompts(base: Path) -> tuple[str, ...]:
     lines = (base / "prompts.jsonl").read_text().splitlines(keepends=True)
     (base / "fewer.jsonl").write_text("".join(lines[:-1]))
-    return ("--dataset", "fewer.jsonl", "--allow-changes", "dataset")
+    return ("--dataset", "fewer.jsonl")
 
 
 def other_reward(base: Path) -> tuple[str, ...]:
-    (base / "other.py").write_text((base / "rewards.py").read_text().replace("larger", "longer"))
-    return ("--reward", "other.py:longer", "--allow-changes", "reward")
-
-
-def other_precision(base: Path) -> tuple[str, ...]:
-    return ("--precision", "bf16", "--allow-changes", "precision")
+    """The same file and name in the configuration, and another function."""
+    text = (base / "rewards.py").read_text().replace("larger", "longer")
+    (base / "elsewhere").mkdir(exist_ok=True)
+    (base / "elsewhere" / "rewards.py").write_text(f"{text}\nlarger = longer\n")
+    return ("--reward", "elsewhere/rewards.py:larger")
 
 
 @pytest.mark.parametrize(
-    ("foreign", "reason"),
+    ("foreign", "name", "reason"),
     [
-        (other_model, "the digest of the frozen and reference parameters is"),
-        (other_shapes, "the digest of the frozen and reference parameters is"),
-        (other_prompts, "the digest of the training prompts is"),
-        (other_reward, "the reward functions are ['larger'] there and ['longer'] here"),
-        (other_precision, "the precision is fp32 there and bf16 here"),
+        (other_model, "model", "the digest of the frozen and reference parameters is"),
+        (other_prompts, "dataset", "there are 25 prompts there and 24 here"),
+        (other_reward, "reward", "the reward functions are ['larger'] there and ['longer'] here"),
     ],
 )
-def test_a_foreign_checkpoint_is_refused(
+def test_what_changes_the_training_is_named_and_goes_on_where_it_is_allowed(
     foreign: Callable[[Path], tuple[str, ...]],
+    name: str,
     reason: str,
     three: Path,
     base: Path,
     command: Command,
 ) -> None:
     before = contents(three)
-    done = command(base, "--resume", three.name, "--num-iterations", "4", *foreign(base))
+    arguments = ("--resume", three.name, "--num-iterations", "4", *foreign(base))
+    done = command(base, *arguments)
     assert (done.status, done.out) == (2, "")
-    assert f"expected a checkpoint of this run, but {reason}" in done.err
+    assert reason in done.err and f"(--allow-changes {name} goes on" in done.err
+    assert contents(three) == before
+    done = command(base, *arguments, "--allow-changes", name)
+    assert done.status == 0, done.err
+    assert "not as in the run that is resumed: " in done.out and reason in done.out
+
+
+def test_another_precision_goes_on_where_it_is_allowed(
+    three: Path, base: Path, command: Command
+) -> None:
+    arguments = ("--resume", three.name, "--num-iterations", "4", "--precision", "bf16")
+    done = command(base, *arguments)
+    assert done.status == 2 and "precision: 'fp32' → 'bf16'" in done.err
+    done = command(base, *arguments, "--allow-changes", "precision")
+    assert done.status == 0, done.err
+    assert "the precision is fp32 there and bf16 here" in done.out
+
+
+def test_another_choice_of_what_trains_is_refused(
+    three: Path, base: Path, command: Command
+) -> None:
+    before, allowed = contents(three), ("--allow-changes", "train_layers")
+    done = command(base, "--resume", three.name, *other_shapes(base), *allowed)
+    assert done.status == 2 and "the frozen and reference parameters" in done.err
+    done = command(base, "--resume", three.name, *other_shapes(base), *allowed, "model")
+    assert done.status == 2 and "the trained parameters differ" in done.err
     assert contents(three) == before
 
 
