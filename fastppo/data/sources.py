@@ -1,4 +1,4 @@
-"""Records from files and data sets: JSON lines, CSV, Parquet, Hugging Face dataset folders, lists.
+"""Records from wherever they are: files (files.py), tables and lists.
 
 Whatever the source, the result is a list of dicts that all have the same keys, among them `prompt`.
 Every error names the file and the line or row (rows count from 0, lines from 1).
@@ -6,20 +6,24 @@ Every error names the file and the line or row (rows count from 0, lines from 1)
 
 from __future__ import annotations
 
-import csv
-import importlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_LONGEST_VALUE = 1 << 30  # characters of a CSV value; left alone, csv refuses documents of 131,073
-_Row = tuple[str, Any]  # where it is, for errors ("x.jsonl, line 3"), and the record
+from fastppo.data.files import FORMS, Row, read_path
 
-_FORMS = (
-    "a .jsonl, .json, .csv or .parquet file, a dataset folder written by save_to_disk "
-    "('folder' or 'folder#split'), a list of dicts or a datasets.Dataset"
-)
+_TABLES = {  # of datasets, pyarrow, polars, numpy and pandas
+    "to_list": (),
+    "to_pylist": (),
+    "to_dicts": (),
+    "tolist": (),
+    "to_dict": ("records",),
+}
+_HINTS = {
+    "messages": "a prompt is the messages before the answer that is to be learned: messages[:-1]",
+    "conversations": "a prompt is a list of messages {'role': ..., 'content': ...}",
+    "input_ids": "give the text, which is encoded here: tokenizer.decode(input_ids)",
+}
 
 
 def load_records(source: Any) -> list[dict[str, Any]]:
@@ -30,7 +34,8 @@ def load_records(source: Any) -> list[dict[str, Any]]:
 
     Args:
         source: a path to JSON lines (or a JSON array), CSV or Parquet; the folder of a Hugging Face
-            dataset, with "#split" for one that has splits; or a list of dicts or datasets.Dataset.
+            dataset, with "#split" for one that has splits; or a list of dicts, a datasets.Dataset
+            (with its transform, if it has one), or a table of pandas, pyarrow or polars.
 
     Returns:
         New dicts, all with the same keys; at least one.
@@ -42,7 +47,7 @@ def load_records(source: Any) -> list[dict[str, Any]]:
         ImportError: Parquet or a dataset folder without the `datasets` extra installed.
     """
     if isinstance(source, (str, Path)):
-        name, rows = str(source), _read_path(str(source))
+        name, rows = str(source), read_path(str(source))
     else:
         name, rows = f"the dataset ({type(source).__name__})", _read_memory(source)
     if not rows:
@@ -58,23 +63,34 @@ def load_records(source: Any) -> list[dict[str, Any]]:
                 raise TypeError(f"{where}: column names must be strings, got {key!r}")
         columns.update(dict.fromkeys(record))
     if "prompt" not in columns:
+        hint = next((_HINTS[name] for name in columns if name in _HINTS), "")
         raise ValueError(
             f"{name} must have a 'prompt' column, got columns {', '.join(columns) or '(none)'}; "
-            "rename the one that holds the prompts"
+            f"{hint or 'rename the one that holds the prompts'}"
         )
+    found = []
     for where, record in rows:
         if "prompt" not in record:
             raise ValueError(f"{where} has no 'prompt', got columns {', '.join(record)}")
-        _check_prompt(where, record["prompt"])
-    return [{column: record.get(column) for column in columns} for _, record in rows]
+        prompt = _checked_prompt(where, record["prompt"])
+        found.append({name: record.get(name) for name in columns} | {"prompt": prompt})
+    return found
 
 
-def _check_prompt(where: str, prompt: Any) -> None:
+def _listed(value: Any) -> Any:
+    """A list in place of an array, as pandas has them, or a tuple."""
+    value = value.tolist() if callable(getattr(value, "tolist", None)) else value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _checked_prompt(where: str, prompt: Any) -> str | list[Any]:
+    """A prompt whose messages have text as content."""
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError(f"{where}: prompt is an empty string; remove the record")
         _check_text(where, "prompt", prompt)
-        return
+        return prompt
+    prompt = _listed(prompt)
     if not isinstance(prompt, list):
         raise TypeError(
             f"{where}: prompt must be a string or a list of chat messages "
@@ -82,18 +98,39 @@ def _check_prompt(where: str, prompt: Any) -> None:
         )
     if not prompt:
         raise ValueError(f"{where}: prompt is an empty list of messages; remove the record")
+    if all(isinstance(part, int) for part in prompt):
+        raise TypeError(f"{where}: prompt is token ids; {_HINTS['input_ids']}")
+    messages = []
     for index, message in enumerate(prompt):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise TypeError(
                 f"{where}: prompt[{index}] must be a message {{'role': str, 'content': str}}, "
                 f"got {str(message)[:80]}"
             )
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+        content = _listed(message.get("content"))
+        if isinstance(content, list):
+            content = _joined(where, index, content)
+            message = {**message, "content": content}
+        if not isinstance(content, str) and not message.get("tool_calls"):
             raise TypeError(
                 f"{where}: the content of prompt[{index}] must be a string (only text is "
-                f"supported), got {type(message.get('content')).__name__}"
+                f"supported), got {type(content).__name__}"
             )
-        _check_text(where, f"the content of prompt[{index}]", message.get("content") or "")
+        _check_text(where, f"the content of prompt[{index}]", content or "")
+        messages.append(message)
+    return messages
+
+
+def _joined(where: str, index: int, parts: list[Any]) -> str:
+    """The text of a content that is given as parts {"type": "text", "text": ...}."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise TypeError(
+                f"{where}: the content of prompt[{index}] must be a string or parts of text (only "
+                f"text is supported), got a part of type {kind!r}"
+            )
+    return "".join(part["text"] for part in parts)
 
 
 def _check_text(where: str, what: str, text: str) -> None:
@@ -106,137 +143,25 @@ def _check_text(where: str, what: str, text: str) -> None:
         ) from None
 
 
-def _read_path(spec: str) -> list[_Row]:
-    path = Path(spec).expanduser()
-    split: str | None = None
-    if "#" in spec and not path.exists():
-        folder, _, split = spec.rpartition("#")
-        path = Path(folder).expanduser()
-    if not path.exists():
-        raise ValueError(f"dataset {spec!r}: no file or folder {path.absolute()}; give {_FORMS}")
-    if path.is_dir():
-        return _read_dataset_folder(path, split)
-    if split is not None:
-        raise ValueError(f"dataset {spec!r}: '#{split}' selects a split of a folder, got a file")
-    readers = {
-        ".jsonl": _read_json,
-        ".ndjson": _read_json,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-    }
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"dataset {spec!r} has the ending {path.suffix!r}, expected {_FORMS}")
-    try:
-        return readers[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text: {error}; convert it") from error
-
-
-def _read_json(path: Path) -> list[_Row]:
-    """JSON lines, or one JSON array of objects."""
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        try:
-            return [(f"{path}, row {i}", record) for i, record in enumerate(json.loads(text))]
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})"
-            ) from error
-    rows: list[_Row] = []
-    # Only "\n" ends a line: splitlines() would cut at characters that JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((f"{path}, line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
-                "write one JSON object per line"
-            ) from error
-    return rows
-
-
-def _read_csv(path: Path) -> list[_Row]:
-    rows: list[_Row] = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        before = csv.field_size_limit(_LONGEST_VALUE)  # of the whole process
-        try:
-            header = next(reader, [])
-            if len(set(header)) != len(header):
-                raise ValueError(f"{path}: column names must differ, got {', '.join(header)}")
-            for values in reader:
-                where = f"{path}, line {reader.line_num}"
-                if not values:
-                    continue  # an empty line
-                if len(values) != len(header):
-                    raise ValueError(
-                        f"{where}: expected {len(header)} values ({', '.join(header)}), got "
-                        f"{len(values)}; put quotes around values that contain commas"
-                    )
-                rows.append((where, dict(zip(header, values, strict=True))))
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
-        finally:
-            csv.field_size_limit(before)
-    return rows
-
-
-def _read_parquet(path: Path) -> list[_Row]:
-    parquet = _optional("pyarrow.parquet", str(path))
-    try:
-        records: list[Any] = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
-    return [(f"{path}, row {i}", record) for i, record in enumerate(records)]
-
-
-def _read_dataset_folder(path: Path, split: str | None) -> list[_Row]:
-    datasets = _optional("datasets", str(path))
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a Hugging Face dataset folder ({error}); write it with "
-            f"dataset.save_to_disk, or give {_FORMS}"
-        ) from error
-    if isinstance(dataset, Mapping):
-        splits = list(dataset)
-        if split is None and len(splits) == 1:
-            split = splits[0]
-        if split not in dataset:
-            problem = "name one" if split is None else f"it has no {split!r}"
-            raise ValueError(
-                f"{path} has the splits {', '.join(splits)}; {problem}: '{path.name}#{splits[0]}'"
-            )
-        dataset = dataset[split]
-    elif split is not None:
-        raise ValueError(f"{path} has no splits, got '#{split}'; leave it out")
-    return [(f"{path}, row {i}", record) for i, record in enumerate(dataset.to_list())]
-
-
-def _read_memory(source: Any) -> list[_Row]:
+def _read_memory(source: Any) -> list[Row]:
     if isinstance(source, Mapping):
         # datasets.DatasetDict is one, and so is a table of columns.
         raise TypeError(
-            f"dataset must be {_FORMS}, got a {type(source).__name__} with the keys "
+            f"dataset must be {FORMS}, got a {type(source).__name__} with the keys "
             f"{', '.join(map(str, source))}; pass one of its splits, or one dict per record"
         )
-    if callable(getattr(source, "to_list", None)):  # datasets.Dataset
-        source = source.to_list()
+    kind = type(source).__name__
+    if isinstance(source, Iterable) and not hasattr(source, "__len__"):
+        raise TypeError(
+            f"dataset must be {FORMS}, got an iterable of type {kind}, which may have no end; give "
+            "a list of what it is to yield, such as list(itertools.islice(dataset, 1000))"
+        )
+    form = getattr(source, "format", None)
+    if isinstance(form, Mapping) and form.get("type") == "custom":  # Dataset.with_transform
+        source = [source[i] for i in range(len(source))]
+    methods = (name for name in _TABLES if callable(getattr(source, name, None)))
+    if method := next(methods, ""):
+        source = getattr(source, method)(*_TABLES[method])
     if not isinstance(source, Sequence) or isinstance(source, bytes):
-        kind = "an iterable" if isinstance(source, Iterable) else "an object"
-        raise TypeError(f"dataset must be {_FORMS}, got {kind} of type {type(source).__name__}")
+        raise TypeError(f"dataset must be {FORMS}, got an object of type {kind}")
     return [(f"row {i}", record) for i, record in enumerate(source)]
-
-
-def _optional(module: str, source: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"reading {source} needs {module.partition('.')[0]}, which is not installed: "
-            "pip install 'fastppo[datasets]'"
-        ) from error

@@ -178,7 +178,7 @@ def test_records_are_new_dicts() -> None:
         (
             "x.jsonl",
             '{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}',
-            r"line 1: the content of prompt\[0\] must be a string .*, got list",
+            r"line 1: the content of prompt\[0\] must be .*, got a part of type 'image'",
         ),
         ("x.jsonl", '{"prompt": [{"content": "a"}]}', r"line 1: prompt\[0\] must be a message"),
     ],
