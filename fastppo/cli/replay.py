@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.checkpoint import Checkpoint, CheckpointError, verify
-from fastppo.data.prompts import decode
+from fastppo.data.text import decode
 from fastppo.models.loading import load_tokenizer
 from fastppo.ppo.config import PPOConfig, TrainConfig
 from fastppo.ppo.experience import PackedBatch

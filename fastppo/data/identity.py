@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+_ENCODED = ("prompt", "chat_template_kwargs")  # read by the trainer itself
 _BLOCKS = 64  # digests of a column at most: up to so many rows each is told apart
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+")
 _NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
@@ -77,7 +78,7 @@ def differences(
         return f"there are {theirs['rows']} prompts there and {rows} here", ""
     there, here = theirs["columns"], ours["columns"]
     for name in sorted({*there, *here}, key=lambda name: (name != "prompt", name)):
-        if there.get(name) == here.get(name) or not (name == "prompt" or read(name)):
+        if there.get(name) == here.get(name) or not (name in _ENCODED or read(name)):
             continue
         if name not in there or name not in here:
             return f"the column {name!r} is only {'there' if name in there else 'here'}", ""

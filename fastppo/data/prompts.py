@@ -16,6 +16,7 @@ import numpy as np
 
 from fastppo.data.identity import differences, digests, earlier_digest
 from fastppo.data.sources import load_records
+from fastppo.data.text import TEMPLATE_ARGUMENTS, encode_chat, encode_plain, turn_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ class PromptDataset:
         source: anything `load_records` reads.
         tokenizer: the policy's tokenizer. Plain prompts are encoded with its defaults, chat prompts
             by its chat template with the generation prompt added (or, when the last message is the
-            assistant's, left open to be continued).
+            assistant's, left open to be continued) and the arguments of `TEMPLATE_ARGUMENTS`.
         max_prompt_length: in tokens, ≥ 1; None for no limit.
         overlong_prompts: what to do with longer ones: "error" refuses the dataset, "filter" leaves
             them out and counts them.
@@ -80,8 +81,12 @@ class PromptDataset:
                     f"({', '.join(_RESERVED)}); rename the column"
                 )
         prompts = [record["prompt"] for record in records]
-        encode = _encode_chat if self.conversational else _encode_plain
-        ids = [np.asarray(row, dtype=np.int32) for row in encode(tokenizer, prompts)]
+        if self.conversational:
+            arguments = [record.get(TEMPLATE_ARGUMENTS) for record in records]
+            encoded = encode_chat(tokenizer, prompts, arguments)
+        else:
+            encoded = encode_plain(tokenizer, prompts)
+        ids = [np.asarray(row, dtype=np.int32) for row in encoded]
         if (empty := next((i for i, row in enumerate(ids) if row.size == 0), None)) is not None:
             raise ValueError(
                 f"prompt of row {empty} has no tokens ({prompts[empty]!r}); remove the row"
@@ -96,6 +101,14 @@ class PromptDataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def turn_end(self) -> int | None:
+        """The special token that the chat template writes after an answer; None where the prompts
+        are not of that template.
+        """
+        end = turn_end(self._tokenizer)
+        return end if self.conversational or end in self.ids[0] else None
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -164,65 +177,3 @@ def _within_limit(
             f"{min(row.size for row in ids)}); raise it"
         )
     return kept
-
-
-def _encode_plain(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
-) -> Sequence[Sequence[int]]:
-    encoded: list[list[int]] = tokenizer(list(prompts))["input_ids"]
-    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
-    for row, (ids, prompt) in enumerate(zip(encoded, prompts, strict=True)):
-        if ids and ids[-1] == eos_id and not (isinstance(eos, str) and prompt.endswith(eos)):
-            raise ValueError(
-                f"the tokenizer ends prompts with its end-of-text token {eos!r} (first row {row}); "
-                "after it a policy has nothing to say; set tokenizer.add_eos_token = False"
-            )
-    return encoded
-
-
-def _encode_chat(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict[str, Any]]]
-) -> Sequence[Sequence[int]]:
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"prompts are chat messages but tokenizer {tokenizer.name_or_path!r} has no chat "
-            "template; use the instruction-tuned model's tokenizer, set its chat_template, or "
-            "give the prompts as plain strings"
-        )
-    encoded: list[Sequence[int]] = [()] * len(prompts)
-    for continued in (False, True):
-        rows = [i for i, p in enumerate(prompts) if (p[-1]["role"] == "assistant") is continued]
-        texts = []
-        for row in rows:
-            try:
-                text = tokenizer.apply_chat_template(
-                    prompts[row],
-                    tokenize=False,
-                    add_generation_prompt=not continued,
-                    continue_final_message=continued,
-                )
-            except Exception as error:
-                raise ValueError(
-                    f"the chat template of tokenizer {tokenizer.name_or_path!r} refuses the prompt "
-                    f"of row {row}: {error}; the messages: {prompts[row]!r}"
-                ) from error
-            texts.append(str(text))
-        if texts:  # the template writes the special tokens itself
-            ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            for row, row_ids in zip(rows, ids, strict=True):
-                encoded[row] = row_ids
-    return encoded
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray) -> str:
-    """The text of generated tokens, for reading and scoring only: it is never tokenised back.
-
-    Args:
-        tokenizer: the policy's tokenizer.
-        ids: (length,) token ids; special tokens (the end-of-text token) are left out of the text.
-    """
-    text = tokenizer.decode(
-        [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    assert isinstance(text, str)  # a list only comes back for a list of lists
-    return text

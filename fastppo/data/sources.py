@@ -88,7 +88,7 @@ def _checked_prompt(where: str, prompt: Any) -> str | list[Any]:
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError(f"{where}: prompt is an empty string; remove the record")
-        _check_text(where, "prompt", prompt)
+        check_text(where, "prompt", prompt)
         return prompt
     prompt = _listed(prompt)
     if not isinstance(prompt, list):
@@ -116,7 +116,7 @@ def _checked_prompt(where: str, prompt: Any) -> str | list[Any]:
                 f"{where}: the content of prompt[{index}] must be a string (only text is "
                 f"supported), got {type(content).__name__}"
             )
-        _check_text(where, f"the content of prompt[{index}]", content or "")
+        check_text(where, f"the content of prompt[{index}]", content or "")
         messages.append(message)
     return messages
 
@@ -133,7 +133,8 @@ def _joined(where: str, index: int, parts: list[Any]) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _check_text(where: str, what: str, text: str) -> None:
+def check_text(where: str, what: str, text: str) -> None:
+    """Refuse text that no tokenizer takes."""
     try:
         str(text).encode()
     except UnicodeEncodeError as error:

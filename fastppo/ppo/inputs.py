@@ -5,11 +5,12 @@ Everything here happens before a weight is read, so that a mistake costs seconds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastppo.data.prompts import PromptDataset
 from fastppo.models.attention import check_supported
+from fastppo.models.loading import eos_token_ids
 from fastppo.options import shown
 from fastppo.ppo.config import PPOConfig
 from fastppo.rewards import RewardLimits, Rewards
@@ -77,6 +78,25 @@ def make_inputs(
         _check_positions(data, args.max_response_length, model_config)
         _check_vocabulary(data, model_config, tokenizer)
     return Inputs(train, held_out, rewards)
+
+
+def end_tokens(
+    model: Any, tokenizer: Any, data: PromptDataset, resumed: Mapping[str, Any] | None
+) -> tuple[tuple[int, ...], list[str]]:
+    """The tokens that end a response, the one that the chat template ends an answer with among
+    them, and notes for a person.
+
+    Args:
+        model, tokenizer: see `eos_token_ids`.
+        data: the training prompts.
+        resumed: the state of a checkpoint. One that does not have them is of a run that did not
+            look at the template, and goes on so.
+    """
+    ends, end = eos_token_ids(model, tokenizer), data.turn_end
+    if end is None or end in ends or not (resumed is None or "eos_token_ids" in resumed):
+        return ends, []
+    token = tokenizer.convert_ids_to_tokens(end)
+    return (*ends, end), [f"the chat template ends answers with {token!r}: it ends responses too"]
 
 
 def _check_positions(data: PromptDataset, response: int, model_config: Any) -> None:

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastppo.checkpoint import Checkpoint, save_model
-from fastppo.data.prompts import PromptBatch, decode
-from fastppo.models.loading import eos_token_ids, load_config, load_tokenizer
+from fastppo.data.prompts import PromptBatch
+from fastppo.data.text import decode
+from fastppo.models.loading import load_config, load_tokenizer
 from fastppo.models.setup import check_model
 from fastppo.options import check_kind, shown
 from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.identity import check_identity
-from fastppo.ppo.inputs import make_inputs
+from fastppo.ppo.inputs import end_tokens, make_inputs
 from fastppo.ppo.models import load_models
 from fastppo.ppo.rollout_metrics import check_scored, evaluation, sample_rows, score_metrics
 from fastppo.ppo.state import Iteration, frozen_digest, load_trainer_state, place, trainer_state
@@ -133,7 +134,11 @@ class PPOTrainer:
                 value_model=value_model,
                 peft_config=peft_config,
             )
-            self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
+            resumed = self.run.opened.checkpoint
+            self.eos_token_ids, notes = end_tokens(
+                loaded, self.tokenizer, self.train_data, resumed.state if resumed else None
+            )
+            self.run.opened.notes.extend(notes)
             self.step = PPOStep(loaded, args, **others)
             self.rewards.check_apart(self.step.trained())
         self.policy, self.device = self.step.policy, self.step.device
@@ -252,7 +257,8 @@ class PPOTrainer:
         )
 
     def _decoded(self, rollouts: Rollouts) -> list[str]:
-        return [decode(self.tokenizer, ids) for ids in rollouts.responses]
+        plain = not self.train_data.conversational
+        return [decode(self.tokenizer, ids, continues=plain) for ids in rollouts.responses]
 
     def _score(self, drawn: PromptBatch, rollouts: Rollouts, completions: list[str]) -> RewardBatch:
         ids = [ids.tolist() for ids in rollouts.responses]
@@ -306,6 +312,7 @@ class PPOTrainer:
         tensors, state = trainer_state(self.step, self.current)
         return tensors, state | {
             "max_rows": getattr(self.engine, "max_rows", None),
+            "eos_token_ids": list(self.eos_token_ids),
             "reward_failures": self.rewards.state_dict(),
             "alarms": self.alarms.raised,
         }

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastppo.data.sequences import PackedSequences
+from fastppo.data.text import encode
 from fastppo.models.attention import any_shape_attention, is_supported
 from fastppo.models.loading import DATA_ONLY
 from fastppo.models.packed import PackedModel
@@ -151,7 +152,7 @@ class RewardModel:
         encoded: list[list[int]] = []
         for prompt, completion in zip(prompts, completions, strict=True):
             if isinstance(prompt, str):
-                ids = self.tokenizer(prompt + completion)["input_ids"]
+                (ids,) = encode(self.tokenizer, [prompt + completion])
             elif self.tokenizer.chat_template is None:
                 raise ValueError(
                     f"the tokenizer of reward model {self.__name__!r} has no chat template but the "

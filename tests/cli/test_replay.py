@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from fastppo import PackedBatch, PPOStep
 from fastppo.checkpoint import CheckpointStore, verify
 from fastppo.cli.main import main
-from fastppo.data.prompts import decode
+from fastppo.data.text import decode
 from fastppo.ops import PPO_METRIC_NAMES
 from fastppo.training import interrupts
 

@@ -21,8 +21,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from fastppo.data.prompts import PromptDataset, decode
+from fastppo.data.prompts import PromptDataset
 from fastppo.data.sources import load_records
+from fastppo.data.text import decode
 from fastppo.training.seeding import batch_indices
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

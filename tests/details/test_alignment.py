@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastppo.data.prompts import decode
+from fastppo.data.text import decode
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.step import PPOStep
 from fastppo.ppo.trainer import PPOTrainer

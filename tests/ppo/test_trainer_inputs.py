@@ -18,6 +18,7 @@ from transformers import LlamaForSequenceClassification
 from fastppo import PPOConfig, PPOTrainer
 from fastppo.cli.demo import larger_digit
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
+from fastppo.ppo.inputs import end_tokens
 from fastppo.rewards import RewardError, RewardModel
 from fastppo.rollout.engine import Rollouts, Sampling
 
@@ -221,6 +222,86 @@ def test_chat_prompts_go_through_the_template(tmp_path: Path) -> None:
     samples = read_lines(tmp_path / "run" / "samples.jsonl")
     assert samples[0]["prompt"] == seen[0][0]
     assert samples[0]["response"] == seen[0][1][0]["content"]
+
+
+def test_responses_end_where_the_template_ends_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also that a special token which a reward wants is in `completion_ids`."""
+    seen: list[tuple[str, list[int]]] = []
+
+    def reward(completions: list[Any], completion_ids: list[list[int]]) -> list[float]:
+        texts = [completion[0]["content"] for completion in completions]
+        seen.extend(zip(texts, completion_ids, strict=True))
+        return [float(len(text)) for text in texts]
+
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["8", "9"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} 9 {% endfor %}"
+    trainer = PPOTrainer(
+        tiny_model(len(WORDS), seed=0),
+        reward,
+        [{"prompt": [{"role": "user", "content": f"{a}"}]} for a in range(8)],
+        config(tmp_path / "run", reward_workers=0, max_response_length=8),
+        processing_class=tokenizer,
+    )
+    end, other = WORDS.index("9"), WORDS.index("8")
+    assert trainer.eos_token_ids == (1, end)
+    older = end_tokens(trainer.policy.actor.model, tokenizer, trainer.train_data, {})
+    assert older == ((1,), [])  # a run that was started without it goes on without it
+    trainer.train()
+    assert "the chat template ends answers with '9'" in capsys.readouterr().out.replace("\n", "")
+    assert any(ids[-1] == end for _, ids in seen)
+    assert all(end not in ids[:-1] and "9" not in text for text, ids in seen)
+    assert any(other in ids and "8" not in text for text, ids in seen)
+
+
+def test_plain_completions_keep_the_space_in_front(tmp_path: Path) -> None:
+    from tokenizers import decoders
+
+    seen: list[tuple[str, list[int]]] = []
+
+    def reward(completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        seen.extend(zip(completions, completion_ids, strict=True))
+        return [float(len(text)) for text in completions]
+
+    tokenizer = word_tokenizer()
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["model"]["vocab"] = {
+        f"▁{word}" if word.isdigit() else word: i for word, i in core["model"]["vocab"].items()
+    }
+    spaced = type(tokenizer)(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(core)),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    spaced.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    PPOTrainer(
+        tiny_model(len(WORDS), seed=0),
+        reward,
+        [{"prompt": ">"}],
+        config(tmp_path / "run", reward_workers=0),
+        processing_class=spaced,
+    ).train()
+    started = [(text, ids) for text, ids in seen if WORDS[ids[0]].isdigit()]
+    assert started and all(text.startswith(f" {WORDS[ids[0]]}") for text, ids in started)
+
+
+def test_half_a_surrogate_pair_in_a_column_and_an_error_is_survived(tmp_path: Path) -> None:
+    def cut(prompts: list[str], answer: list[str]) -> list[float]:
+        assert all(a == "half \ud83d" for a in answer)
+        if any(prompt.startswith("1 0") for prompt in prompts):
+            raise ValueError("no score for \ud83d")
+        return [float(len(prompt)) for prompt in prompts]
+
+    rows = [{**row, "answer": "half \ud83d"} for row in ROWS]
+    done = train(tmp_path, cut, rows, prompts_per_iteration=45, save_interval=1)
+    assert [row["reward_failures"] for row in done] == [1, 1]
+    samples = read_lines(tmp_path / "run" / "samples.jsonl")
+    (failure,) = {sample["failure"] for sample in samples if sample.get("failure")}
+    assert "no score for \ud83d" in failure
 
 
 def test_chat_prompts_without_a_template_are_refused(tmp_path: Path) -> None:

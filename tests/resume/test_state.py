@@ -304,6 +304,7 @@ RUN = {
     "precision": put("run", "precision", value="bf16"),
     "prompts": put("run", "prompts", value=""),
     "reward_names": put("run", "reward_names", value=[]),
+    "reward_weights": put("run", "reward_weights", value=[2.0]),
     "frozen": put("run", "frozen", value=""),
     "iterations": put("run", "iterations", value=0),
     "rewards": put("run", "rewards", value=[]),
@@ -400,6 +401,7 @@ def test_every_entry_of_a_checkpoint_is_tried(stopped: dict[str, Path]) -> None:
     saved = verify(stopped["update"] / "checkpoints" / "iteration-000002-0003")
     tried = {piece for _, piece in PIECES}
     known = {"run", "step", "iteration", "reward_failures", "config", "versions"}
+    known |= {"eos_token_ids"}  # its absence says something: test_trainer_inputs.py
     assert saved.state.keys() == known | (tried & saved.state.keys()) | {"max_rows", "alarms"}
     assert saved.state["run"].keys() == RUN.keys() | {"seconds"}  # tried below
     assert saved.state["step"].keys() == STEP.keys() | {"nonfinite_in_a_row"}  # tried below

@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -574,6 +575,18 @@ def test_reward_model_without_pad_id_and_with_pad_equal_to_eos() -> None:
         expected = one_by_one(model, prompts, texts)
         reward = RewardModel(model, make_tokenizer())
         np.testing.assert_allclose(reward(prompts, texts), expected, rtol=0, atol=1e-6)
+
+
+def test_reward_model_reads_a_rendered_prompt_with_one_beginning() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "w1"
+    beginning = ("w1", tokenizer.convert_tokens_to_ids("w1"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="w1 $A", special_tokens=[beginning]
+    )
+    reward = RewardModel(make_classifier(), tokenizer)
+    rendered, plain = reward.encode(["w1 w2", "w2"], [" w3", " w3"])
+    assert rendered == plain == tokenizer.convert_tokens_to_ids(["w1", "w2", "w3"])
 
 
 def test_reward_model_that_reads_both_ways_does_not_see_padding_or_drop_out() -> None:
