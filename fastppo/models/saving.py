@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastppo.models import setup
-from fastppo.models.loading import DATA_ONLY, VALUE_HEAD
+from fastppo.models.loading import VALUE_HEAD, load_whole
+from fastppo.models.weights import load_value_head
 
 
 def save_pretrained(model: Any, folder: Path) -> None:
@@ -59,9 +60,9 @@ def load_critic(trunk: Any, value_head: nn.Module, folder: Path) -> None:
             )
         from transformers import AutoModel
 
-        saved = AutoModel.from_pretrained(file.parent, dtype=torch.float32, **DATA_ONLY)
+        saved = load_whole(str(file.parent), "folder", AutoModel, dtype=torch.float32)
         setup.trunk_of(trunk).load_state_dict(saved.state_dict())
-    value_head.load_state_dict(load_file(file))
+    load_value_head(value_head, file)
 
 
 def _merged_copy(model: Any) -> Any:
