@@ -21,6 +21,7 @@ from fastppo import __version__, ops
 from fastppo.models.loading import find_model, load_model, load_tokenizer
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
+from fastppo.ppo.start import TOLERANCE
 from fastppo.ppo.step import PPOStep
 from fastppo.rollout.engine import Sampling
 from fastppo.rollout.packed import PackedEngine
@@ -29,10 +30,6 @@ from fastppo.training.device import describe, resolve_device, resolve_precision
 PACKAGES = ("torch", "transformers", "triton", "numpy", "safetensors", "tyro", "rich")
 EXTRAS = ("flash-attn", "peft", "datasets", "pyarrow", "gguf", "tensorboard", "wandb", "trackio")
 PROMPTS = ("Hi", "What is 3 + 4?", "Name a colour of the rainbow, and why you like it.", "1 2 3")
-
-# Largest difference of a log-probability, in nats. bf16 keeps 8 bits: re-batching alone moves a
-# token by up to 0.4 (the mean by 0.03).
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.inputs import make_inputs
 from fastppo.ppo.models import load_models
 from fastppo.ppo.rollout_metrics import check_scored, evaluation, sample_rows, score_metrics
+from fastppo.ppo.start import check_models, check_reference
 from fastppo.ppo.state import Iteration, frozen_digest, load_trainer_state, place, trainer_state
 from fastppo.ppo.step import PPOStep
 from fastppo.rewards import RewardBatch
@@ -134,6 +135,8 @@ class PPOTrainer:
             self.eos_token_ids = eos_token_ids(loaded, self.tokenizer)
             self.step = PPOStep(loaded, args, **others)
             self.rewards.check_apart(self.step.trained())
+        if reference := self.step.policy.reference_is:
+            self.run.opened.notes.append(f"reference: {reference}")
         self.policy, self.device = self.step.policy, self.step.device
         self.run_dir = self.run.run_dir
         self.engine = engine or PackedEngine(self.policy.actor)
@@ -153,6 +156,8 @@ class PPOTrainer:
         Raises:
             Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
             RewardError: rewards lost more samples than `reward_max_failure_rate`; likewise.
+            StartError: weights that are not finite, or a reference that is not the model at the
+                start; nothing has been trained.
             NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
             CheckpointError: a checkpoint could not be saved, or is not one of this model.
         """
@@ -175,6 +180,8 @@ class PPOTrainer:
         """
         step, now = self.step, self.current
         timer.take()
+        if iteration == 1:
+            check_models(step)
         drawn = self._draw(iteration)
         if now.rollouts is None:
             with timer("rollout"), self._all_or_nothing():
@@ -191,6 +198,8 @@ class PPOTrainer:
                 batch = self._packed(drawn, now.rollouts)
             with timer("evaluate"):
                 batch = step.evaluate(batch)
+                if iteration == 1:
+                    check_reference(step, batch)
             with timer("advantages"):
                 group_ids = np.arange(len(drawn.ids)) // self.args.n_samples
                 now.batch = step.advantages(batch, now.scored.scores, group_ids)
