@@ -62,15 +62,14 @@ def train(argv: Sequence[str]) -> int:
         )
     except (ValueError, TypeError, ImportError, OSError, CheckpointError) as error:
         return refused("train", error)
-    from fastppo.rewards import RewardError
-    from fastppo.training.errors import NonFiniteError, StartError
+    from fastppo.training.errors import NonFiniteError, StartError, StopRunError
     from fastppo.training.interrupts import Interrupted
     from fastppo.training.memory import is_out_of_memory
 
     try:
         trainer.train()
     except (
-        RewardError,
+        StopRunError,
         NonFiniteError,
         StartError,
         CheckpointError,

@@ -61,6 +61,17 @@ def is_base_with_fresh_lora(model: Any) -> bool:
     )
 
 
+def adapter_is_all(model: Any) -> bool:
+    """Whether the adapter of a PEFT model, on the base that it names, is the model: not where the
+    base was changed for it (PiSSA and its like), or trains beside it and is not saved with it."""
+    plain = (True, False, "gaussian", "eva")
+    configs = model.peft_config.values()
+    biased = any(getattr(c, "bias", "none") != "none" for c in configs)
+    return all(getattr(c, "init_lora_weights", True) in plain for c in configs) and all(
+        biased and name.endswith(".bias") for name in outside_adapter(model)
+    )
+
+
 def unwrap(model: Any, name: str) -> Any:
     """The transformers model itself; inside a PEFT model it has the adapters built in.
 
@@ -216,6 +227,11 @@ class AttentionSwitch:
         self._configs = [config for _, config in replaced.values()]
         # one that is packed already belongs to another policy, whose own is not known here
         self._own = ["sdpa" for _ in self._configs]
+
+    @property
+    def packed(self) -> bool:
+        """Which of the two it is."""
+        return all(config._attn_implementation == NAME for config in self._configs)
 
     def set(self, *, packed: bool) -> None:
         """Packed attention, or the model's own."""

@@ -214,7 +214,11 @@ class Policy:
     # on disk
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that AutoModelForCausalLM.from_pretrained loads; see models/saving.py."""
+        """Write a folder that AutoModelForCausalLM.from_pretrained loads; see models/saving.py.
+
+        Raises:
+            ValueError: loaded again, it is not the model that was trained.
+        """
         self.actor.save(Path(folder))
         if self.value_head is not None:
             save_critic(self.critic and self.critic.model, self.value_head, Path(folder))
@@ -231,9 +235,19 @@ class Policy:
 
     def restore(self) -> None:
         """Make ordinary models of the models again; see `PackedModel.restore`."""
-        for model in (self.actor, self.reference, self.critic):
-            if model is not None:
-                model.restore()
+        for model in self._packed():
+            model.restore()
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, everything works although `restore` was called; see `PackedModel.lent`."""
+        with contextlib.ExitStack() as stack:
+            for model in self._packed():
+                stack.enter_context(model.lent())
+            yield
+
+    def _packed(self) -> list[PackedModel]:
+        return [m for m in (self.actor, self.reference, self.critic) if m is not None]
 
 
 def _check_apart(models: dict[str, Any]) -> None:

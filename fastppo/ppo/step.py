@@ -64,6 +64,11 @@ class UpdateProgress:
 class PPOStep:
     """Evaluate, advantages and update of PPO for one policy.
 
+    The model is packed while the step has it. `with step.policy.unpacked() as model:` lends it as
+    an ordinary one between updates, to generate with; `step.policy.restore()` gives it back for
+    good, and inside `with step.policy.lent():` it is packed again. At any time
+    `step.policy.save(folder)` writes it, with the adapter merged and the critic beside it.
+
     Args:
         model: a transformers causal language model, plain or with a PEFT adapter. It is trained
             in place.

@@ -33,7 +33,7 @@ from fastppo.rewards import RewardBatch
 from fastppo.rollout.engine import Engine, Rollouts, Sampling
 from fastppo.rollout.packed import PackedEngine
 from fastppo.training.device import describe
-from fastppo.training.errors import NonFiniteError
+from fastppo.training.errors import NonFiniteError, StopRunError
 from fastppo.training.memory import retried
 from fastppo.training.metrics import PhaseTimer
 from fastppo.training.run import Run
@@ -149,6 +149,8 @@ class PPOTrainer:
     def train(self) -> dict[str, Any]:
         """Run all iterations, save the model and write the report.
 
+        However it ends, the models are ordinary ones afterwards: `trainer.model.generate` works.
+
         Returns:
             The summary that is also written to summary.json: greedy evaluation before and after,
             reward of the first and the last iterations, seconds, where everything is.
@@ -156,13 +158,23 @@ class PPOTrainer:
         Raises:
             Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
             RewardError: rewards lost more samples than `reward_max_failure_rate`; likewise.
+            StopRunError: the saved model, loaded again, is not what was trained; likewise.
             StartError: weights that are not finite, or a reference that is not the model at the
                 start; nothing has been trained.
             NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
             CheckpointError: a checkpoint could not be saved, or is not one of this model.
         """
         self._frozen = frozen_digest(self.step)
-        return self.run.train(self, self.rewards)
+        try:
+            with self.policy.lent():
+                return self.run.train(self, self.rewards)
+        finally:
+            self.policy.restore()
+
+    @property
+    def model(self) -> Any:
+        """The model that is trained, with its adapter."""
+        return self.policy.actor.model
 
     # The loop
 
@@ -230,7 +242,7 @@ class PPOTrainer:
             return {}
         scored, rollouts = [], []
         failures = self.rewards.state_dict()
-        with self._all_or_nothing():
+        with self._all_or_nothing(), self.policy.lent():
             for start in range(0, len(data), EVAL_BATCH):
                 drawn = data.select(np.arange(start, min(start + EVAL_BATCH, len(data))))
                 rollouts.append(self.engine.generate(drawn.ids, self._sampling(0, greedy=True)))
@@ -349,9 +361,17 @@ class PPOTrainer:
             "model_name": self.name,
         }
 
-    def save_model(self, folder: Path) -> Path:
-        """Save the policy, its critic and the tokenizer in a new folder."""
-        return save_model(folder, self.policy, self.tokenizer)
+    def save_model(self, folder: str | Path) -> Path:
+        """Save the policy, its critic and the tokenizer in a new folder.
+
+        Raises:
+            StopRunError: loaded again, it is not what was trained; nothing is left of it.
+            CheckpointError: it could not be written; likewise.
+        """
+        try:
+            return save_model(Path(folder), self.policy, self.tokenizer)
+        except ValueError as error:
+            raise StopRunError(str(error)) from error
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
