@@ -190,6 +190,17 @@ def load_config(name: str) -> Any:
     return _unquantised(name).load(AutoConfig)
 
 
+def max_positions(config: Any) -> int | None:
+    """Tokens of the longest sequence that a model reads, None where nothing limits it. Scaled
+    rotary positions reach further than `max_position_embeddings` says, by their factor."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit is None or rope.get("rope_type", "default") == "default":
+        return limit
+    original = rope.get("original_max_position_embeddings") or limit
+    return max(limit, int(original * (rope.get("factor") or 1)))
+
+
 def with_adapter(model: Any, peft_config: PeftConfig, seed: int) -> Any:
     """A PEFT model whose adapter starts from `seed`; the global generator is put back.
 
@@ -209,7 +220,7 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a response: those of the generation config and the tokenizer's own.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one beyond the model's vocabulary.
     """
     config = getattr(model, "generation_config", None)
     configured = getattr(config, "eos_token_id", None)
@@ -219,6 +230,13 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
         raise ValueError(
             "processing_class: expected a tokenizer with an eos_token, got none, and the model's "
             "generation_config names none: a response could never end"
+        )
+    size = model.config.vocab_size
+    if beyond := [i for i in found if i >= size]:
+        raise ValueError(
+            f"generation_config: expected end tokens of the model's vocabulary of {size}, got "
+            f"eos_token_id = {beyond[0]}, which can never be sampled. Set the right one in "
+            "model.generation_config and the tokenizer"
         )
     return tuple(found)
 

@@ -138,7 +138,8 @@ class PPOStep:
         return self._within_memory(batch, lambda: self._evaluate(batch))
 
     def _check_vocabulary(self, batch: PackedBatch) -> None:
-        size = setup.vocabulary(self.policy.actor.model)
+        actor = self.policy.actor
+        size = min(setup.vocabulary(actor.model), actor.head.weight.shape[0])
         last = int(batch.input_ids.numpy().max(initial=0))
         if last >= size:
             raise ValueError(

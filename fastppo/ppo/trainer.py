@@ -24,7 +24,7 @@ from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.inputs import make_inputs
-from fastppo.ppo.models import load_models
+from fastppo.ppo.models import companion_configs, load_models
 from fastppo.ppo.rollout_metrics import check_scored, evaluation, sample_rows, score_metrics
 from fastppo.ppo.start import check_models, check_reference
 from fastppo.ppo.state import Iteration, frozen_digest, load_trainer_state, place, trainer_state
@@ -118,6 +118,7 @@ class PPOTrainer:
             eval_dataset,
             reward_funcs,
             reward_weights,
+            companion_configs(ref_model=ref_model, value_model=value_model),
         )
         self.run = Run(args, self.name, resume=resume_from_checkpoint, allow_changes=allow_changes)
         if self.train_data.num_filtered:

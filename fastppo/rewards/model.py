@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastppo.data.sequences import PackedSequences
 from fastppo.models.attention import any_shape_attention, is_supported
-from fastppo.models.loading import DATA_ONLY, load_whole
+from fastppo.models.loading import DATA_ONLY, load_whole, max_positions
 from fastppo.models.packed import PackedModel
 from fastppo.models.setup import check_model
 from fastppo.models.weights import check_finite
@@ -178,13 +178,19 @@ class RewardModel:
         """
         self.load()
         encoded = self.encode(prompts, completions)
-        longest = getattr(self.config, "max_position_embeddings", None)
+        longest = max_positions(self.config)
+        size = getattr(self.config, "vocab_size", None)
         for sample, ids in enumerate(encoded):
             if not ids or (longest and len(ids) > longest):
                 raise ValueError(
                     f"sample {sample} has {len(ids)} tokens for reward model {self.__name__!r}, "
                     f"which reads 1 to {longest or 'any number'}; shorten max_prompt_length or "
                     "max_response_length"
+                )
+            if size is not None and max(ids) >= size:
+                raise ValueError(
+                    f"sample {sample} has token {max(ids)} for reward model {self.__name__!r}, "
+                    f"whose vocabulary is {size}: its tokenizer is another model's"
                 )
         lengths = [len(ids) for ids in encoded]
         scores = [0.0] * len(encoded)
