@@ -56,6 +56,7 @@ def save_model(folder: Path, policy: Savable, tokenizer: Any) -> Path:
 
     Raises:
         CheckpointError: it could not be written; no part of it is left.
+        ValueError: loaded again, it is not what was trained; likewise.
     """
     make_folder(folder.parent)
     partial = _partial(folder)
@@ -69,6 +70,8 @@ def save_model(folder: Path, policy: Savable, tokenizer: Any) -> Path:
         partial.rename(folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, ValueError):
+            raise ValueError(f"{folder}: {error}") from error
         if not isinstance(error, (OSError, SafetensorError)):
             raise
         raise CheckpointError(

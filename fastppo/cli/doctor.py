@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import tempfile
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,9 +19,11 @@ from rich.table import Table
 from torch import Tensor
 
 from fastppo import __version__, ops
-from fastppo.models.loading import find_model, load_model, load_tokenizer
+from fastppo.models import setup
+from fastppo.models.loading import eos_token_ids, find_model, load_model, load_tokenizer
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
+from fastppo.ppo.start import TOLERANCE
 from fastppo.ppo.step import PPOStep
 from fastppo.rollout.engine import Sampling
 from fastppo.rollout.packed import PackedEngine
@@ -29,10 +32,6 @@ from fastppo.training.device import describe, resolve_device, resolve_precision
 PACKAGES = ("torch", "transformers", "triton", "numpy", "safetensors", "tyro", "rich")
 EXTRAS = ("flash-attn", "peft", "datasets", "pyarrow", "gguf", "tensorboard", "wandb", "trackio")
 PROMPTS = ("Hi", "What is 3 + 4?", "Name a colour of the rainbow, and why you like it.", "1 2 3")
-
-# Largest difference of a log-probability, in nats. bf16 keeps 8 bits: re-batching alone moves a
-# token by up to 0.4 (the mean by 0.03).
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
 
 
 @dataclass(frozen=True)
@@ -110,15 +109,19 @@ def _subject(name: str) -> tuple[Any, list[list[int]], tuple[int, ...], str]:
             return model, [[3], [4, 5, 6], list(range(7, 20)), [8, 9]], (1,), "a tiny random model"
     tokenizer = load_tokenizer(name)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    return load_model(name), prompts, (tokenizer.eos_token_id,), name
+    model = load_model(name)
+    return model, prompts, eos_token_ids(model, tokenizer), name
 
 
 def step_checks(step: PPOStep, prompts: list[list[int]], eos: tuple[int, ...]) -> list[Check]:
     """Sample from the model and check what must hold before the first update."""
     broken = sum(int((~p.isfinite()).sum()) for p in step.policy.actor.model.parameters())
     finite = Check("weights are finite", float(broken), 0.0, "values")
-    if not finite.ok:
-        return [finite]  # nothing can be sampled from them
+    size = setup.vocabulary(step.policy.actor.model)
+    beyond = sum(token >= size for ids in [*prompts, eos] for token in ids)
+    known = Check("tokens are in the vocabulary", float(beyond), 0.0, "beyond")
+    if not (finite.ok and known.ok):
+        return [finite, known]  # nothing can be sampled
     limit = TOLERANCE[step.precision]
     sampling = Sampling(temperature=1.0, max_new_tokens=16, eos_token_ids=eos, seed=0)
     ids = [torch.tensor(p, dtype=torch.int32).numpy() for p in prompts]
@@ -135,13 +138,26 @@ def step_checks(step: PPOStep, prompts: list[list[int]], eos: tuple[int, ...]) -
     assert old is not None and ref is not None and rollout is not None
     return [
         finite,
+        known,
         Check("log-probabilities ≤ 0", float(old.max()), 0.0, "nats"),
         Check("ratio = 1 in any order", _gap(again.old_logprobs, old), limit, "nats"),
         Check("KL to the reference = 0", _gap(ref, old), limit, "nats"),
         Check("packed = one sequence at a time", _gap(torch.cat(lone), old), limit, "nats"),
         Check("packed = transformers' own", _gap(_own_forward(step, batch), old), limit, "nats"),
         Check("sampler = trainer", _gap(rollout.to(old.device), old), limit, "nats"),
+        Check("saved and loaded = the model", _saved(step), 0.0, "differ"),
     ]
+
+
+def _saved(step: PPOStep) -> float:
+    """1 where the model, saved and loaded again, is another one, which is then explained."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            step.policy.save(folder)
+        except ValueError as error:
+            print(error)
+            return 1.0
+    return 0.0
 
 
 def _own_forward(step: PPOStep, batch: PackedBatch) -> Tensor:

@@ -17,7 +17,7 @@ from fastppo.models.loading import load_config, load_tokenizer
 from fastppo.models.setup import train_last_layers
 from fastppo.ppo.config import TrainConfig
 from fastppo.ppo.inputs import make_inputs
-from fastppo.ppo.models import lora_config
+from fastppo.ppo.models import companion_configs, lora_config
 from fastppo.rewards import resolve_reward
 from fastppo.training.device import describe, resolve_device, resolve_precision
 
@@ -37,9 +37,10 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
         config.eval_dataset or None,
         [resolve_reward(spec, allowed_hosts=config.reward_hosts) for spec in config.reward],
         config.reward_weights or None,
+        companion_configs(
+            ref_model=config.ref_model or None, value_model=config.value_model or None
+        ),
     )
-    for other in filter(None, (config.ref_model, config.value_model)):
-        load_config(other)
     run_dir = new_run_dir(config.output_dir)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)

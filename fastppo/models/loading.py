@@ -5,6 +5,9 @@
 
 Only data is read: no Python file of a model's folder is run, nobody is asked whether it may, and
 pickled weights are read by torch's restricted unpickler, which is transformers' default.
+
+What is loaded is what is there: weights that are missing, left over or of another size are refused
+by name (`load_whole`, weights.py).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from fastppo.models.weights import check_weights, load_value_head
 from fastppo.options import check_kind
 
 if TYPE_CHECKING:
@@ -50,6 +54,8 @@ class ModelSource:
         Raises:
             ValueError, OSError: it cannot be loaded, or not without running code.
         """
+        from safetensors import SafetensorError
+
         if self.gguf_file is not None:
             options["gguf_file"] = self.gguf_file
         try:
@@ -60,6 +66,11 @@ class ModelSource:
                 f"model: {self.path!r} is not read: its weights are a pickle with more than "
                 f"tensors in it ({reason}). Use one with safetensors"
             ) from error
+        except SafetensorError as error:
+            raise ValueError(
+                f"model: {self.path!r} is not read: a file of its weights is damaged or cut off "
+                f"({error}). Copy or download it again"
+            ) from error
 
 
 def find_model(name: str) -> ModelSource:
@@ -69,7 +80,8 @@ def find_model(name: str) -> ModelSource:
         name: a folder, a .gguf file, a hub name, or a key of `PACKAGED`.
 
     Raises:
-        ValueError: a path that does not exist, or a packaged model that is not installed.
+        ValueError: a path that does not exist, a packaged model that is not installed, or the
+            folder of an adapter.
     """
     if name.lower() in PACKAGED:
         return _packaged(name.lower())
@@ -79,6 +91,12 @@ def find_model(name: str) -> ModelSource:
             raise ValueError(f"model: expected a GGUF file, got {name!r}, which does not exist")
         return ModelSource(str(path.parent), path.name)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"model: expected a whole model, got {name!r}, which has an adapter in it "
+                "(adapter_config.json). Merge it first: peft.AutoPeftModelForCausalLM"
+                ".from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            )
         return ModelSource(str(path))
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ValueError(
@@ -96,7 +114,7 @@ def load_model(name: str, role: str = "model") -> Any:
         role: what errors call it.
 
     Raises:
-        ValueError: it is a sequence classifier, or its weights are not all there.
+        ValueError: it is a sequence classifier; see `load_whole`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -105,7 +123,7 @@ def load_model(name: str, role: str = "model") -> Any:
             f"{role}: expected a causal language model, got {name!r}, a sequence classifier (a "
             "reward model). It scores responses as a reward, or starts the critic as value_model"
         )
-    return _whole(name, role, AutoModelForCausalLM)
+    return load_whole(name, role, AutoModelForCausalLM)
 
 
 def load_value_model(name: str) -> Any:
@@ -118,37 +136,43 @@ def load_value_model(name: str) -> Any:
     config = load_config(name)
     if (file := Path(find_model(name).path) / VALUE_HEAD).is_file():
         import torch
-        from safetensors.torch import load_file
 
         with torch.device("meta"):  # nothing of it is used but its class
             model = AutoModelForSequenceClassification.from_config(config)
-        setattr(model, model.base_model_prefix, _whole(name, "value_model", AutoModel))
+        setattr(model, model.base_model_prefix, load_whole(name, "value_model", AutoModel))
         model.score = torch.nn.Linear(config.hidden_size, 1)
-        model.score.load_state_dict(load_file(file))
+        load_value_head(model.score, file)
         return model.eval()
     if _is_classifier(config):
-        return _whole(name, "value_model", AutoModelForSequenceClassification)
+        return load_whole(name, "value_model", AutoModelForSequenceClassification)
     causal = any("LM" in kind for kind in config.architectures or ["LM"])
-    return _whole(name, "value_model", AutoModelForCausalLM if causal else AutoModel)
+    return load_whole(name, "value_model", AutoModelForCausalLM if causal else AutoModel)
 
 
 def _is_classifier(config: Any) -> bool:
     return any("ForSequenceClassification" in kind for kind in config.architectures or [])
 
 
-def _whole(name: str, role: str, auto_class: Any) -> Any:
-    """A model none of whose weights is random."""
-    source = _unquantised(name)
+def load_whole(name: str, role: str, auto_class: Any, **options: Any) -> Any:
+    """A model all of whose weights are those of its files, and all of whose files' weights are in
+    it; dtype as stored unless `options` for `from_pretrained` say otherwise.
+
+    Raises:
+        ValueError: weights that are missing, left over or of another size; `role` is what the
+            message calls the model.
+    """
     # named, since a config.json can ask for an attention kernel that is code on a hub
+    options = {"dtype": "auto", "attn_implementation": "sdpa", **options}
+    return _whole(_unquantised(name), name, role, auto_class, options)
+
+
+def _whole(
+    source: ModelSource, name: str, role: str, auto_class: Any, options: dict[str, Any]
+) -> Any:
     model, info = source.load(
-        auto_class, dtype="auto", attn_implementation="sdpa", output_loading_info=True
+        auto_class, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{role}: {name!r} lacks weights for {', '.join(missing[:3])}"
-            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: they would be random. "
-            f"Use a folder saved from a {type(model).__name__}"
-        )
+    check_weights(model, info, name, role)
     return model
 
 
@@ -164,6 +188,17 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     return _unquantised(name).load(AutoConfig)
+
+
+def max_positions(config: Any) -> int | None:
+    """Tokens of the longest sequence that a model reads, None where nothing limits it. Scaled
+    rotary positions reach further than `max_position_embeddings` says, by their factor."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit is None or rope.get("rope_type", "default") == "default":
+        return limit
+    original = rope.get("original_max_position_embeddings") or limit
+    return max(limit, int(original * (rope.get("factor") or 1)))
 
 
 def with_adapter(model: Any, peft_config: PeftConfig, seed: int) -> Any:
@@ -185,7 +220,7 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a response: those of the generation config and the tokenizer's own.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one beyond the model's vocabulary.
     """
     config = getattr(model, "generation_config", None)
     configured = getattr(config, "eos_token_id", None)
@@ -195,6 +230,13 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
         raise ValueError(
             "processing_class: expected a tokenizer with an eos_token, got none, and the model's "
             "generation_config names none: a response could never end"
+        )
+    size = model.config.vocab_size
+    if beyond := [i for i in found if i >= size]:
+        raise ValueError(
+            f"generation_config: expected end tokens of the model's vocabulary of {size}, got "
+            f"eos_token_id = {beyond[0]}, which can never be sampled. Set the right one in "
+            "model.generation_config and the tokenizer"
         )
     return tuple(found)
 
@@ -239,7 +281,7 @@ def _converted(source: ModelSource) -> ModelSource:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"dequantising {file.name}, once; kept in {target}", file=sys.stderr)
-    loaded = source.load(AutoModelForCausalLM, dtype=torch.float32)
+    loaded = _whole(source, str(file), "model", AutoModelForCausalLM, {"dtype": torch.float32})
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -79,19 +79,17 @@ class PackedModel:
         if train_layers is not None:
             setup.train_last_layers(model, train_layers, name)
         if precision is not None:
-            setup.set_precision(model, precision)
             setup.disable_dropout(model)
         self.model = model
         self.name = name
         self.precision = precision
         self._rounded = setup.Rounded()
         self._adapter_off = False
+        self._training = model.training
         self._attention = setup.AttentionSwitch(model)
-        self._attention.set(packed=True)
         if gradient_checkpointing:
             setup.enable_checkpointing(setup.unwrap(model, name))
-        # gradient checkpointing looks at it
-        model.train(precision is not None and bool(self.trained()))
+        self._pack()
 
     # other models from this one
 
@@ -216,20 +214,32 @@ class PackedModel:
             self._attention.set(packed=True)
 
     def restore(self) -> None:
-        """Make an ordinary model of it again: its own attention, and one dtype (fp32) if it was
-        given a precision."""
+        """Make an ordinary model of it again: its own attention, the mode (train or eval) that it
+        came in, and one dtype (fp32) if it was given a precision. It can be used as a packed one
+        inside `lent`."""
         self._attention.set(packed=False)
         if self.precision is not None:
             setup.set_precision(self.model, "fp32")
+        self.model.train(self._training)
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
         """Inside, `hidden` may be called although `restore` was: for a model that others call."""
-        self._attention.set(packed=True)
+        restored = not self._attention.packed
+        if restored:
+            self._pack()
         try:
             yield
         finally:
-            self._attention.set(packed=False)
+            if restored:
+                self.restore()
+
+    def _pack(self) -> None:
+        if self.precision is not None:
+            setup.set_precision(self.model, self.precision)
+        self._attention.set(packed=True)
+        # gradient checkpointing looks at it
+        self.model.train(self.precision is not None and bool(self.trained()))
 
     # what it is made of
 
@@ -252,7 +262,11 @@ class PackedModel:
         return setup.trainable(self.model)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `from_pretrained` loads; see saving.py."""
+        """Write a folder that `from_pretrained` loads; see saving.py.
+
+        Raises:
+            ValueError: loaded again, it is not the model that was trained.
+        """
         save_pretrained(self.model, folder)
 
     def _adapter(self) -> contextlib.AbstractContextManager[Any]:
@@ -261,6 +275,11 @@ class PackedModel:
     def _forward(
         self, input_ids: Tensor, position_ids: Tensor, attention: dict[str, Any]
     ) -> Tensor:
+        if not self._attention.packed:
+            raise ValueError(
+                f"{self.name}: expected a packed model, got one that `restore` made ordinary. Call "
+                "this inside `with policy.lent()`, or PackedModel.lent()"
+            )
         trunk = setup.trunk_of(self.model)
         # embeddings, not ids: given ids without a mask, transformers reads them back from the
         # device to look for padding

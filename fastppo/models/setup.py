@@ -36,6 +36,42 @@ def check_model(model: Any, name: str) -> None:
         )
 
 
+def outside_adapter(model: Any) -> list[str]:
+    """Names of what trains in a PEFT model and goes on working when its adapter is off."""
+    switched = (model.base_model.prefix, "modules_to_save.", "trainable_tokens_")
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and not any(part in name for part in switched)
+    ]
+
+
+def is_base_with_fresh_lora(model: Any) -> bool:
+    """Whether a model, with its adapter off, is the model as it is now, and stays it in training.
+
+    So it is where nothing but LoRA trains, and every product with its B is 0. Not where the adapter
+    has been trained before, or starts from weights that it takes out of the base (PiSSA, OLoRA,
+    CorDA, LoftQ), or biases, norms, embeddings or copies of modules train beside it.
+    """
+    if not is_peft(model) or any(c.peft_type != "LORA" for c in model.peft_config.values()):
+        return False
+    named = list(model.named_parameters())
+    return all("lora_" in name for name, p in named if p.requires_grad) and not any(
+        p.any() for name, p in named if "lora_B." in name or "lora_embedding_A." in name
+    )
+
+
+def adapter_is_all(model: Any) -> bool:
+    """Whether the adapter of a PEFT model, on the base that it names, is the model: not where the
+    base was changed for it (PiSSA and its like), or trains beside it and is not saved with it."""
+    plain = (True, False, "gaussian", "eva")
+    configs = model.peft_config.values()
+    biased = any(getattr(c, "bias", "none") != "none" for c in configs)
+    return all(getattr(c, "init_lora_weights", True) in plain for c in configs) and all(
+        biased and name.endswith(".bias") for name in outside_adapter(model)
+    )
+
+
 def unwrap(model: Any, name: str) -> Any:
     """The transformers model itself; inside a PEFT model it has the adapters built in.
 
@@ -79,6 +115,11 @@ def output_head(model: Any, name: str) -> nn.Linear:
         f"{type(model).__name__} with {found}. Load it by AutoModelForCausalLM, and leave lm_head "
         "out of a LoRA's target_modules and modules_to_save"
     )
+
+
+def vocabulary(model: Any) -> int:
+    """Number of tokens that a model has embeddings of; a PEFT model's may be wrapped."""
+    return int(unwrap(model, "model").get_input_embeddings().weight.shape[0])
 
 
 def disable_dropout(module: nn.Module) -> None:
@@ -186,6 +227,11 @@ class AttentionSwitch:
         self._configs = [config for _, config in replaced.values()]
         # one that is packed already belongs to another policy, whose own is not known here
         self._own = ["sdpa" for _ in self._configs]
+
+    @property
+    def packed(self) -> bool:
+        """Which of the two it is."""
+        return all(config._attn_implementation == NAME for config in self._configs)
 
     def set(self, *, packed: bool) -> None:
         """Packed attention, or the model's own."""

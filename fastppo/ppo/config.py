@@ -32,7 +32,7 @@ class KLConfig(Options):
     """The KL to the reference policy."""
 
     reference: Literal["auto", "copy", "adapter", "none"] = "auto"
-    """auto: none without a KL, the LoRA base where there is an adapter, else a frozen copy."""
+    """auto: none without a KL, else the model at the start: the LoRA base, or a frozen copy."""
     kl_coef: float = option(0.05, "≥ 0")
     """Weight of the KL to the reference policy; 0 is off."""
     kl_in: Literal["reward", "loss"] = option("reward", only_if="kl_coef > 0")

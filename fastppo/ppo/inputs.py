@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fastppo.data.prompts import PromptDataset
 from fastppo.models.attention import check_supported
-from fastppo.models.loading import eos_token_ids
+from fastppo.models.loading import eos_token_ids, max_positions
 from fastppo.options import shown
 from fastppo.ppo.config import PPOConfig
 from fastppo.rewards import RewardLimits, Rewards
@@ -32,6 +32,7 @@ def make_inputs(
     eval_dataset: Any,
     reward_funcs: Callable[..., Any] | str | Sequence[Callable[..., Any] | str],
     reward_weights: Sequence[float] | None,
+    companions: Mapping[str, Any] | None = None,
 ) -> Inputs:
     """Read and tokenise the prompts, and check that a run with them can work.
 
@@ -43,6 +44,7 @@ def make_inputs(
         eval_dataset: likewise, or None.
         reward_funcs: what scores a completion, or its name.
         reward_weights: weight of each, or None for 1 each.
+        companions: the configurations of other models that read the same tokens, by their roles.
 
     Raises:
         ValueError: a model that packed attention does not support, no tokenizer, prompts that do
@@ -75,8 +77,16 @@ def make_inputs(
     rewards = Rewards(reward_funcs, reward_weights, limits)
     for data in filter(None, (train, held_out)):
         rewards.check_columns(data.columns)
-        _check_positions(data, args.max_response_length, model_config)
         _check_vocabulary(data, model_config, tokenizer)
+        for role, config in {"model": model_config, **(companions or {})}.items():
+            _check_positions(data, args.max_response_length, role, config)
+    for role, config in (companions or {}).items():
+        size, own = (getattr(c, "vocab_size", None) for c in (config, model_config))
+        if size is not None and own is not None and size < own:
+            raise ValueError(
+                f"{role}: expected the vocabulary of model, {own} tokens, got {size}. Both must "
+                "use the same tokenizer"
+            )
     return Inputs(train, held_out, rewards)
 
 
@@ -99,13 +109,13 @@ def end_tokens(
     return (*ends, end), [f"the chat template ends answers with {token!r}: it ends responses too"]
 
 
-def _check_positions(data: PromptDataset, response: int, model_config: Any) -> None:
-    limit = getattr(model_config, "max_position_embeddings", None)
+def _check_positions(data: PromptDataset, response: int, role: str, config: Any) -> None:
+    limit = max_positions(config)
     longest = max(len(ids) for ids in data.ids)
     if limit is not None and longest + response > limit:
         raise ValueError(
             f"max_response_length = {response}: with the longest prompt of {longest} tokens that "
-            f"is more than the model's {limit} positions. Shorten it, or lower max_prompt_length "
+            f"is more than the {limit} positions of {role}. Shorten it, or lower max_prompt_length "
             "with overlong_prompts = 'filter'"
         )
 
@@ -113,10 +123,12 @@ def _check_positions(data: PromptDataset, response: int, model_config: Any) -> N
 def _check_vocabulary(data: PromptDataset, model_config: Any, tokenizer: Any) -> None:
     size = getattr(model_config, "vocab_size", None)
     last = max(int(ids.max()) for ids in data.ids)
+    where = "in a prompt" if last >= (size or 0) else "as its eos_token"
+    last = max(last, tokenizer.eos_token_id or 0)
     if size is not None and last >= size:
         raise ValueError(
             f"processing_class: expected tokens of the model's vocabulary of {size}, got "
-            f"{tokenizer.convert_ids_to_tokens(last)!r} with id {last} in a prompt, of "
+            f"{tokenizer.convert_ids_to_tokens(last)!r} with id {last} {where}, of "
             f"{len(tokenizer)} in the tokenizer. Use the model's own tokenizer, or call "
             f"model.resize_token_embeddings({len(tokenizer)}) and train the new rows first"
         )

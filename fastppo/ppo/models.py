@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastppo.models.config import NamedModelConfig
-from fastppo.models.loading import load_model, load_value_model, with_adapter
+from fastppo.models.loading import load_config, load_model, load_value_model, with_adapter
 from fastppo.ppo.config import TrainConfig
 from fastppo.training.seeding import derive_seed
 
@@ -40,6 +40,16 @@ def load_models(
     if isinstance(value_model, (str, Path)):
         value_model = load_value_model(str(value_model))
     return loaded, {"ref_model": ref_model, "value_model": value_model}
+
+
+def companion_configs(**models: Any) -> dict[str, Any]:
+    """The transformers configuration of each model that is given or named, by its role."""
+    configs = {
+        role: load_config(str(model)) if isinstance(model, (str, Path)) else model.config
+        for role, model in models.items()
+        if isinstance(model, (str, Path)) or hasattr(model, "config")
+    }
+    return {role: config for role, config in configs.items() if config is not None}
 
 
 def named_models(config: TrainConfig) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Policy:
             sequence classification model with one label, whose score starts the value head. By
             default a copy of the actor's trunk as it is now.
         reference: "copy" is the actor as it is now (frozen parameters are shared, not copied),
-            "adapter" a PEFT model with the adapter off, "none" has none.
+            "adapter" a PEFT model with the adapter off, "none" has none. "auto" is the actor as it
+            is now in the cheapest way: "adapter" under a LoRA that adds nothing yet, else "copy".
         ref_model: a reference policy in place of that.
         train_layers, precision, gradient_checkpointing: see `PackedModel`.
 
@@ -52,7 +53,7 @@ class Policy:
         *,
         critic: Literal["shared", "separate", "none"] = "shared",
         value_model: Any = None,
-        reference: Literal["copy", "adapter", "none"] = "copy",
+        reference: Literal["auto", "copy", "adapter", "none"] = "copy",
         ref_model: Any = None,
         train_layers: int | None = None,
         precision: setup.Precision = "fp32",
@@ -65,6 +66,15 @@ class Policy:
         if reference == "adapter" and ref_model is None and not setup.is_peft(model):
             raise ValueError("reference: 'adapter' needs a PEFT model, got a plain one. Use 'copy'")
         head = setup.output_head(setup.unwrap(model, "model"), "model")
+        fresh = setup.is_base_with_fresh_lora(model)
+        if reference == "auto":
+            reference = "adapter" if fresh else "copy"
+        moving = setup.outside_adapter(model) if reference == "adapter" else []
+        if moving and ref_model is None:
+            raise ValueError(
+                "reference: 'adapter' is the model with its adapter off, but weights outside the "
+                f"adapter train too and would move it: {moving[0]}. Use 'auto' or 'copy'"
+            )
         given = {"model": model, "ref_model": ref_model, "value_model": value_model}
         given = {name: other for name, other in given.items() if other is not None}
         _check_apart(given)
@@ -82,14 +92,25 @@ class Policy:
         # what is refused has been: from here on the models are changed
         self.actor = PackedModel(model, train_layers=train_layers, **options)
         self.reference: PackedModel | None = None
+        self.reference_is = ""
+        """What the reference is, for a person."""
+        self.reference_is_start = ref_model is None and (reference == "copy" or fresh)
+        """Whether its KL must be 0 before the first update."""
         if ref_model is not None:
             self.reference = PackedModel(
                 ref_model.requires_grad_(False), name="ref_model", precision=precision
             )
+            self.reference_is = "the ref_model that was given"
         elif reference == "copy":
             self.reference = self.actor.frozen_copy("reference")
+            self.reference_is = "a frozen copy of the model as it starts"
         elif reference == "adapter":
             self.reference = self.actor.without_adapter()
+            self.reference_is = (
+                "the model as it starts, which is the base without the adapter"
+                if fresh
+                else "the base without the adapter, which need not be the model as it starts"
+            )
         self.critic: PackedModel | None = None
         """Of a trunk of its own."""
         self.value_head: ValueHead | None = None
@@ -193,7 +214,11 @@ class Policy:
     # on disk
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that AutoModelForCausalLM.from_pretrained loads; see models/saving.py."""
+        """Write a folder that AutoModelForCausalLM.from_pretrained loads; see models/saving.py.
+
+        Raises:
+            ValueError: loaded again, it is not the model that was trained.
+        """
         self.actor.save(Path(folder))
         if self.value_head is not None:
             save_critic(self.critic and self.critic.model, self.value_head, Path(folder))
@@ -210,9 +235,19 @@ class Policy:
 
     def restore(self) -> None:
         """Make ordinary models of the models again; see `PackedModel.restore`."""
-        for model in (self.actor, self.reference, self.critic):
-            if model is not None:
-                model.restore()
+        for model in self._packed():
+            model.restore()
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, everything works although `restore` was called; see `PackedModel.lent`."""
+        with contextlib.ExitStack() as stack:
+            for model in self._packed():
+                stack.enter_context(model.lent())
+            yield
+
+    def _packed(self) -> list[PackedModel]:
+        return [m for m in (self.actor, self.reference, self.critic) if m is not None]
 
 
 def _check_apart(models: dict[str, Any]) -> None:
@@ -241,7 +276,7 @@ def _check_companion(name: str, companion: Any, vocabulary: int) -> None:
     check_supported(setup.unwrap(companion, name).config)
     if name == "value_model":
         score_head(companion)
-    size = companion.get_input_embeddings().num_embeddings
+    size = setup.vocabulary(companion)
     if size < vocabulary:
         raise ValueError(
             f"{name}: expected the vocabulary of model, {vocabulary} tokens, got {size}. Both must "

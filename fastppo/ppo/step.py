@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,10 +33,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from fastppo import ops
+from fastppo.models import setup
 from fastppo.options import check_kind
 from fastppo.ppo import update_metrics
 from fastppo.ppo.advantages import add_advantages
-from fastppo.ppo.config import KLConfig, PPOConfig
+from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch, check_batch, need
 from fastppo.ppo.gradients import accumulate
 from fastppo.ppo.policy import Policy
@@ -63,6 +64,11 @@ class UpdateProgress:
 class PPOStep:
     """Evaluate, advantages and update of PPO for one policy.
 
+    The model is packed while the step has it. `with step.policy.unpacked() as model:` lends it as
+    an ordinary one between updates, to generate with; `step.policy.restore()` gives it back for
+    good, and inside `with step.policy.lent():` it is packed again. At any time
+    `step.policy.save(folder)` writes it, with the adapter merged and the critic beside it.
+
     Args:
         model: a transformers causal language model, plain or with a PEFT adapter. It is trained
             in place.
@@ -81,11 +87,12 @@ class PPOStep:
         self.config = config
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
+        unmeasured = config.reference == "auto" and config.kl_coef == 0
         self.policy = Policy(
             model,
             critic=config.critic_kind,
             value_model=value_model,
-            reference=_reference(config, model),
+            reference="none" if unmeasured else config.reference,
             ref_model=ref_model,
             train_layers=config.train_layers,
             precision=self.precision,
@@ -131,7 +138,8 @@ class PPOStep:
         return self._within_memory(batch, lambda: self._evaluate(batch))
 
     def _check_vocabulary(self, batch: PackedBatch) -> None:
-        size = self.policy.actor.model.get_input_embeddings().num_embeddings
+        actor = self.policy.actor
+        size = min(setup.vocabulary(actor.model), actor.head.weight.shape[0])
         last = int(batch.input_ids.numpy().max(initial=0))
         if last >= size:
             raise ValueError(
@@ -419,14 +427,6 @@ class PPOStep:
         if self.config.kl_target is not None and math.isfinite(kl_sequence):
             error = min(0.2, max(-0.2, kl_sequence / self.config.kl_target - 1.0))
             self.kl_coef *= 1.0 + error * episodes / self.config.kl_horizon
-
-
-def _reference(config: KLConfig, model: Any) -> Literal["copy", "adapter", "none"]:
-    if config.reference != "auto":
-        return config.reference
-    if config.kl_coef == 0:
-        return "none"
-    return "adapter" if hasattr(model, "peft_config") else "copy"
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -26,15 +26,16 @@ from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.identity import check_identity
 from fastppo.ppo.inputs import end_tokens, make_inputs
-from fastppo.ppo.models import load_models
+from fastppo.ppo.models import companion_configs, load_models
 from fastppo.ppo.rollout_metrics import check_scored, evaluation, sample_rows, score_metrics
+from fastppo.ppo.start import check_models, check_reference
 from fastppo.ppo.state import Iteration, frozen_digest, load_trainer_state, place, trainer_state
 from fastppo.ppo.step import PPOStep
 from fastppo.rewards import RewardBatch
 from fastppo.rollout.engine import Engine, Rollouts, Sampling
 from fastppo.rollout.packed import PackedEngine
 from fastppo.training.device import describe
-from fastppo.training.errors import NonFiniteError
+from fastppo.training.errors import NonFiniteError, StopRunError
 from fastppo.training.memory import retried
 from fastppo.training.metrics import PhaseTimer
 from fastppo.training.run import Run
@@ -120,6 +121,7 @@ class PPOTrainer:
             eval_dataset,
             reward_funcs,
             reward_weights,
+            companion_configs(ref_model=ref_model, value_model=value_model),
         )
         self.run = Run(args, self.name, resume=resume_from_checkpoint, allow_changes=allow_changes)
         if self.train_data.num_filtered:
@@ -141,6 +143,8 @@ class PPOTrainer:
             self.run.opened.notes.extend(notes)
             self.step = PPOStep(loaded, args, **others)
             self.rewards.check_apart(self.step.trained())
+        if reference := self.step.policy.reference_is:
+            self.run.opened.notes.append(f"reference: {reference}")
         self.policy, self.device = self.step.policy, self.step.device
         self.run_dir = self.run.run_dir
         self.engine = engine or PackedEngine(self.policy.actor)
@@ -154,6 +158,8 @@ class PPOTrainer:
     def train(self) -> dict[str, Any]:
         """Run all iterations, save the model and write the report.
 
+        However it ends, the models are ordinary ones afterwards: `trainer.model.generate` works.
+
         Returns:
             The summary that is also written to summary.json: greedy evaluation before and after,
             reward of the first and the last iterations, seconds, where everything is.
@@ -161,11 +167,23 @@ class PPOTrainer:
         Raises:
             Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
             RewardError: rewards lost more samples than `reward_max_failure_rate`; likewise.
+            StopRunError: the saved model, loaded again, is not what was trained; likewise.
+            StartError: weights that are not finite, or a reference that is not the model at the
+                start; nothing has been trained.
             NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
             CheckpointError: a checkpoint could not be saved, or is not one of this model.
         """
         self._frozen = frozen_digest(self.step)
-        return self.run.train(self, self.rewards)
+        try:
+            with self.policy.lent():
+                return self.run.train(self, self.rewards)
+        finally:
+            self.policy.restore()
+
+    @property
+    def model(self) -> Any:
+        """The model that is trained, with its adapter."""
+        return self.policy.actor.model
 
     # The loop
 
@@ -183,6 +201,8 @@ class PPOTrainer:
         """
         step, now = self.step, self.current
         timer.take()
+        if iteration == 1:
+            check_models(step)
         drawn = self._draw(iteration)
         if now.rollouts is None:
             with timer("rollout"), self._all_or_nothing():
@@ -199,6 +219,8 @@ class PPOTrainer:
                 batch = self._packed(drawn, now.rollouts)
             with timer("evaluate"):
                 batch = step.evaluate(batch)
+                if iteration == 1:
+                    check_reference(step, batch)
             with timer("advantages"):
                 group_ids = np.arange(len(drawn.ids)) // self.args.n_samples
                 now.batch = step.advantages(batch, now.scored.scores, group_ids)
@@ -229,7 +251,7 @@ class PPOTrainer:
             return {}
         scored, rollouts = [], []
         failures = self.rewards.state_dict()
-        with self._all_or_nothing():
+        with self._all_or_nothing(), self.policy.lent():
             for start in range(0, len(data), EVAL_BATCH):
                 drawn = data.select(np.arange(start, min(start + EVAL_BATCH, len(data))))
                 rollouts.append(self.engine.generate(drawn.ids, self._sampling(0, greedy=True)))
@@ -361,9 +383,17 @@ class PPOTrainer:
             "model_name": self.name,
         }
 
-    def save_model(self, folder: Path) -> Path:
-        """Save the policy, its critic and the tokenizer in a new folder."""
-        return save_model(folder, self.policy, self.tokenizer)
+    def save_model(self, folder: str | Path) -> Path:
+        """Save the policy, its critic and the tokenizer in a new folder.
+
+        Raises:
+            StopRunError: loaded again, it is not what was trained; nothing is left of it.
+            CheckpointError: it could not be written; likewise.
+        """
+        try:
+            return save_model(Path(folder), self.policy, self.tokenizer)
+        except ValueError as error:
+            raise StopRunError(str(error)) from error
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:

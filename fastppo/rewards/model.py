@@ -22,9 +22,10 @@ from torch import Tensor
 from fastppo.data.sequences import PackedSequences
 from fastppo.data.text import encode
 from fastppo.models.attention import any_shape_attention, is_supported
-from fastppo.models.loading import DATA_ONLY
+from fastppo.models.loading import DATA_ONLY, load_whole, max_positions
 from fastppo.models.packed import PackedModel
 from fastppo.models.setup import check_model
+from fastppo.models.weights import check_finite
 from fastppo.training.memory import free_memory, is_out_of_memory
 
 
@@ -123,24 +124,20 @@ class RewardModel:
         """The model on its device; reads the weights the first time.
 
         Raises:
-            ValueError: the folder's weights leave some parameter at random, e.g. the score head.
+            ValueError: see `load_whole`: weights that are missing, left over or not finite.
         """
         if self._model is None:
             from transformers import AutoModelForSequenceClassification
 
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model = load_whole(
                 str(self._folder),
+                "reward model",
+                AutoModelForSequenceClassification,
                 dtype=self.dtype,
+                attn_implementation=None,  # its own: encoders may have no other
                 local_files_only=True,
-                output_loading_info=True,
-                **DATA_ONLY,
             )
-            if info["missing_keys"]:
-                raise ValueError(
-                    f"reward model {str(self._folder)!r} lacks weights for "
-                    f"{sorted(info['missing_keys'])}: they would be random; use a folder saved "
-                    "from a trained AutoModelForSequenceClassification"
-                )
+            check_finite(model.state_dict().items(), f"reward model {str(self._folder)!r}")
             self._model = model.to(self.device).eval().requires_grad_(False)
         if self._packed is None and is_supported(self.config) and hasattr(self._model, "score"):
             self._packed = PackedModel(self._model, name="reward model", precision=None)
@@ -182,13 +179,19 @@ class RewardModel:
         """
         self.load()
         encoded = self.encode(prompts, completions)
-        longest = getattr(self.config, "max_position_embeddings", None)
+        longest = max_positions(self.config)
+        size = getattr(self.config, "vocab_size", None)
         for sample, ids in enumerate(encoded):
             if not ids or (longest and len(ids) > longest):
                 raise ValueError(
                     f"sample {sample} has {len(ids)} tokens for reward model {self.__name__!r}, "
                     f"which reads 1 to {longest or 'any number'}; shorten max_prompt_length or "
                     "max_response_length"
+                )
+            if size is not None and max(ids) >= size:
+                raise ValueError(
+                    f"sample {sample} has token {max(ids)} for reward model {self.__name__!r}, "
+                    f"whose vocabulary is {size}: its tokenizer is another model's"
                 )
         lengths = [len(ids) for ids in encoded]
         scores = [0.0] * len(encoded)

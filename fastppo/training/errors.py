@@ -9,6 +9,10 @@ class StopRunError(RuntimeError):
     """A run cannot go on, and saves a checkpoint: rewards lost too many samples, for example."""
 
 
+class StartError(ValueError):
+    """What a run starts from is not what it must be. Nothing has been trained."""
+
+
 class NonFiniteError(RuntimeError):
     """Too many optimiser steps in a row had a loss or a gradient that is not finite.
 

@@ -16,17 +16,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config
 
 import fastppo
-from fastppo.cli.doctor import Check
+from fastppo.cli.doctor import Check, step_checks
 from fastppo.cli.main import main
+from fastppo.models.loading import load_model
 from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
+from fastppo.ppo.config import PPOConfig
+from fastppo.ppo.step import PPOStep
 
 PROGRAM = str(Path(sys.executable).with_name("fastppo"))
 CHECKS = (
     *("weights are finite", "log-probabilities ≤ 0", "ratio = 1", "KL to the reference = 0"),
     *("packed = one sequence", "packed = transformers' own", "sampler = trainer"),
+    *("tokens are in the vocabulary", "saved and loaded = the model"),
     *("linear_logprobs =", "entropy =", "linear_ppo_loss =", "gae ="),
 )
 TOML = """
@@ -234,6 +239,26 @@ def test_doctor_fails_a_broken_model(project: Path, call: Call, scale: float, fa
     out = call("doctor", "--model", "model", "--precision", "bf16", status=1)[0]
     assert any(failed in line for line in out.splitlines() if "FAILED" in line)
     assert "checks failed" in out and "all checks passed" not in out
+
+
+def test_doctor_loads_what_it_saved(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = PPOStep(load_model(str(project / "model")), PPOConfig(precision="fp32", device="cpu"))
+    step.policy.actor.model.model.layers[1].register_forward_hook(lambda *args: args[2] + 0.1)
+    checks = {check.name: check for check in step_checks(step, [[3, 4], [5]], (1,))}
+    assert not checks["saved and loaded = the model"].ok
+    assert "loaded again, the model is not" in capsys.readouterr().out
+    lost = step_checks(step, [[3, 40], [5]], (99,))
+    assert [(check.name, check.measured) for check in lost if not check.ok] == [
+        ("tokens are in the vocabulary", 2)
+    ]
+
+
+def test_doctor_names_weights_that_are_missing(project: Path, call: Call) -> None:
+    file = project / "model" / "model.safetensors"
+    state = {name: value for name, value in load_file(file).items() if "layers.1" not in name}
+    save_file(state, file, {"format": "pt"})
+    error = call("doctor", "--model", "model", status=2)[1]
+    assert "fastppo doctor: model: 'model' lacks weights for model.layers.1." in error
 
 
 def test_a_check_is_ok_up_to_its_limit() -> None:

@@ -408,7 +408,9 @@ def test_any_engine_can_sample(tmp_path: Path) -> None:
 
 def test_responses_past_the_models_positions_are_refused(unloadable: str, tmp_path: Path) -> None:
     options = {"max_response_length": 254}  # prompts have 3 tokens, the model 256 positions
-    with pytest.raises(ValueError, match=r"max_response_length = 254: .*3 tokens.*256 positions"):
+    with pytest.raises(
+        ValueError, match=r"max_response_length = 254: .*3 tokens.*256 positions of model"
+    ):
         PPOTrainer(unloadable, larger_digit, ROWS, config(tmp_path / "run", **options))
 
 

@@ -629,7 +629,7 @@ def test_folder_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path / "language")
     config = make_classifier().config
     LlamaForCausalLM(config).save_pretrained(tmp_path / "language")
-    with pytest.raises(ValueError, match=r"lacks weights for \['score.weight'\]"):
+    with pytest.raises(ValueError, match=r"lacks weights for score\.weight"):
         RewardModel(tmp_path / "language").load()
     make_classifier(labels=3).save_pretrained(tmp_path / "three")
     make_tokenizer().save_pretrained(tmp_path / "three")
