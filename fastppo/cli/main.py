@@ -58,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # itself (docs/log.md). GNU OpenMP reads this when torch is loaded, further down.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for number in (0, 1, 2):  # what is opened next would take the place of one that was closed
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name with an accent on a terminal without
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -9,6 +9,7 @@ pickled weights are read by torch's restricted unpickler, which is transformers'
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -68,10 +69,21 @@ class ModelSource:
         except Exception as error:  # whatever a damaged file leads to
             if isinstance(error, (MemoryError, RuntimeError)) and "memory" in str(error):
                 raise
-            part = {"AutoConfig": "config.json", "AutoTokenizer": "the tokenizer"}
-            place = part.get(auto_class.__name__, "the model")
-            why = damaged(Path(self.path)) or f"{place} cannot be read: {reason(error)}"
+            why = damaged(Path(self.path))
+            why = why or f"{self._place(auto_class)} cannot be read: {reason(error)}"
             raise ValueError(f"model: {self.path!r}: {why}") from error
+
+    def _place(self, auto_class: Any) -> str:
+        """What could not be read; a tokenizer reads the configuration before its own files."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        if auto_class is AutoTokenizer:
+            with contextlib.suppress(Exception):
+                AutoConfig.from_pretrained(self.path, **DATA_ONLY, local_files_only=True)
+                return "tokenizer.json or tokenizer_config.json"
+        if auto_class in (AutoConfig, AutoTokenizer):
+            return "config.json"
+        return "the weights, or what config.json says of them,"
 
 
 def find_model(name: str) -> ModelSource:

@@ -227,7 +227,7 @@ def load_iteration(
             tensors["scores"].numpy(),
             {name: tensors[f"scores/{name}"].numpy() for name in state["scores"]},
             tuple(RewardFailure(**failure) for failure in state["failures"]),
-            state["lost"],
+            whole(state, "lost"),
         )
     if "batch" in state:
         fields: dict[str, Any] = {

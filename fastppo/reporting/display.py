@@ -122,7 +122,7 @@ class Display:
             self._live.stop()
         width = min(self._console.width, MAX_WIDTH)
         parts: list[Any] = [self._figures(summary)]
-        if finite(self._panel.history()):
+        if width >= 20 and finite(self._panel.history()):
             parts += [Text(), self._panel.curve(width - 4, 13, plain=self._live is None)]
         where = Table.grid(padding=(0, 2))
         where.add_column(no_wrap=True, overflow="crop", style="dim")

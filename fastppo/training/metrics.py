@@ -270,6 +270,8 @@ def check_lines(run_dir: Path) -> None:
     """
     for name in ("metrics.jsonl", "samples.jsonl"):
         if (run_dir / name).exists():
+            if not (run_dir / name).is_file():
+                raise CheckpointError(f"{run_dir / name} is not a file. Move it away")
             _kept(run_dir / name, None)
     try:
         if (run_dir / "metrics.jsonl").exists():

@@ -231,7 +231,8 @@ def may_differ(args: Options) -> set[str]:
 
 def _compared(name: str, value: Any) -> Any:
     """A reward is the same file and function in whatever folder."""
-    return [Path(spec).name for spec in value] if name == "reward" else value
+    listed = name == "reward" and isinstance(value, list)
+    return [Path(str(spec)).name for spec in value] if listed else value
 
 
 def check_allowed(args: Options, allowed: Sequence[str], resume: bool | str | Path) -> None:
