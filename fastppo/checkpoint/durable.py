@@ -52,6 +52,8 @@ def write_file(path: Path, data: bytes) -> None:
 def make_folder(path: Path) -> None:
     """Make a folder that may exist, and its parents, and bring their names to the disk."""
     if not path.is_dir():
+        if path.exists():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)

@@ -12,12 +12,13 @@ that a copy under another name is.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,21 @@ class Checkpoint:
     def groups(self) -> list[str]:
         """Names of the groups of tensors in it."""
         return [path.stem for path in sorted(self.path.glob(f"*{TENSORS}"))]
+
+    @contextlib.contextmanager
+    def understood(self) -> Iterator[None]:
+        """Around what reads the state: content of another shape, in a file that is whole, is a
+        CheckpointError that names the file. A ValueError goes through where it is of a subclass.
+        """
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, ValueError) and type(error) is not ValueError:
+                raise
+            raise CheckpointError(
+                f"{self.path / STATE} is not the state of a run that this version can read: "
+                f"{type(error).__name__}: {error}. Use another checkpoint"
+            ) from error
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """One group of tensors, such as "policy", on the CPU.
@@ -160,6 +176,10 @@ def read(path: Path, name: str) -> Checkpoint:
         state = json.loads((path / STATE).read_bytes())
     except OSError as error:
         raise InvalidError(f"{error.filename}: {error.strerror}") from error
+    except (ValueError, RecursionError):
+        raise InvalidError(f"{STATE} is damaged: not JSON") from None
+    if not isinstance(state, dict):
+        raise InvalidError(f"{STATE} is damaged: not an object")
     return Checkpoint(path, state)
 
 
@@ -183,7 +203,7 @@ def read_manifest(path: Path, name: str) -> dict[str, Any]:
         raise InvalidError(f"{error.filename}: {error.strerror}") from error
     try:
         manifest = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InvalidError(f"{MANIFEST} is damaged: not JSON") from None
     if not isinstance(manifest, dict):
         raise InvalidError(f"{MANIFEST} is damaged: not an object")
@@ -191,8 +211,18 @@ def read_manifest(path: Path, name: str) -> dict[str, Any]:
         raise InvalidError(f"{MANIFEST} is of format {manifest.get('format')!r}, expected {FORMAT}")
     if data != _render({key: value for key, value in manifest.items() if key != "sha256"}):
         raise InvalidError(f"{MANIFEST} is damaged: its SHA-256 differs")
-    if manifest["name"] != name:
-        raise InvalidError(f"{MANIFEST} is that of {manifest['name']!r}: it was renamed or copied")
+    if manifest.get("name") != name:
+        other = manifest.get("name")
+        raise InvalidError(f"{MANIFEST} is that of {other!r}: it was renamed or copied")
+    score, files = manifest.get("score"), manifest.get("files")
+    if not (
+        (score is None or isinstance(score, float))
+        and isinstance(manifest.get("extra"), bool)
+        and isinstance(files, dict)
+        and STATE in files
+        and all(isinstance(file, dict) and "size" in file for file in files.values())
+    ):
+        raise InvalidError(f"{MANIFEST} is damaged: it does not say what belongs to it")
     return manifest
 
 

@@ -21,19 +21,42 @@ class Savable(Protocol):
     def save(self, folder: Path, /) -> None: ...
 
 
-def new_run_dir(output_dir: str, below: str = "runs") -> Path:
-    """The folder of a new run; empty: <below>/<date>-<time> in the current folder.
+def new_run_dir(output_dir: str, below: str = "runs", *, take: bool = True) -> Path:
+    """The folder of a new run; empty: <below>/<date>-<time> in the current folder, with a number
+    behind it where that is taken.
+
+    Args:
+        output_dir: the folder; made by the run that locks it.
+        below: where a folder without a name lies.
+        take: make one without a name, so that no other run gets it.
 
     Raises:
         ValueError: the folder exists and is not empty. Nothing in it is touched.
+        OSError: it cannot be looked into or made.
     """
-    path = Path(output_dir or f"{below}/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
+    if not output_dir:
+        folder, name = Path(below).resolve(), f"{datetime.now():%Y%m%d-%H%M%S}"
+        return _taken(folder, name) if take else folder / name
+    path = Path(os.path.expanduser(output_dir))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        is_what = "not empty" if path.is_dir() else "a file"
         raise ValueError(
             f"output_dir: expected a folder that does not exist yet, got {str(path)!r}, which is "
-            "not empty. Choose another name, move that one away, or resume the run in it"
+            f"{is_what}. Choose another name, move that one away, or resume the run in it"
         )
     return path.resolve()
+
+
+def _taken(folder: Path, name: str) -> Path:
+    make_folder(folder)
+    path, number = folder / name, 1
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+            path = folder / f"{name}-{number}"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastppo.benchmarks.results import Result
-from fastppo.cli.output import refused
+from fastppo.cli.output import called, out, refused
 
 RESULT, TABLES = "result.json", "tables.md"
 BUDGET = {"smoke": 0.3, "cpu": 1.5, "gpu": 3.0}
@@ -135,7 +135,7 @@ def render(result: ResultPath) -> int:
     plots = save_plots(loaded, path.parent)
     print(text)
     for written in (path, path.parent / TABLES, *plots):
-        print(f"  {written}")
+        out(f"  {written}")
     return 0
 
 
@@ -156,6 +156,6 @@ def main(argv: Sequence[str]) -> int:
     name = argv[0] if argv and argv[0] in COMMANDS else ""
     prog = f"fastppo bench {name}" if name else "fastppo bench [list | compare | render]"
     try:
-        return tyro.cli(COMMANDS[name], prog=prog, args=argv[1:] if name else argv)
+        return called(COMMANDS[name], prog=prog, args=argv[1:] if name else argv)
     except (ValueError, ImportError, OSError) as error:
         return refused("bench", error)

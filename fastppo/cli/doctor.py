@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from fastppo import __version__, ops
@@ -25,6 +25,8 @@ from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.start import TOLERANCE
 from fastppo.ppo.step import PPOStep
+from fastppo.reporting.formatting import visible
+from fastppo.reporting.terminal import stdout_console
 from fastppo.rollout.engine import Sampling
 from fastppo.rollout.packed import PackedEngine
 from fastppo.training.device import describe, resolve_device, resolve_precision
@@ -62,18 +64,18 @@ def doctor(
     Returns:
         The process's exit status: 0 where every check passed, 1 otherwise.
     """
-    console = Console()
+    console = stdout_console()
     where = resolve_device(device)
     console.print(_environment(where, resolve_precision(precision, where)))
     config = PPOConfig(device=device, precision=resolve_precision(precision, where))
     loaded, prompts, eos, name = _subject(model)
     step = PPOStep(loaded, config)
     checks = [*step_checks(step, prompts, eos), *op_checks(step.device)]
-    table = Table(title=f"step 0 of {name}", title_justify="left")
+    table = Table(title=visible(f"step 0 of {name}"), title_justify="left")
     for column in ("check", "measured", "limit", ""):
         table.add_column(column)
     for check in checks:
-        mark = "[green]ok[/]" if check.ok else "[red]FAILED[/]"
+        mark = Text("ok", style="green") if check.ok else Text("FAILED", style="red")
         limit = f"{check.limit:.2g} {check.unit}"
         table.add_row(check.name, f"{check.measured:.2g}", limit, mark)
     console.print(table)

@@ -18,6 +18,8 @@ from fastppo.models.setup import train_last_layers
 from fastppo.ppo.config import TrainConfig
 from fastppo.ppo.inputs import make_inputs
 from fastppo.ppo.models import companion_configs, lora_config
+from fastppo.reporting.formatting import visible
+from fastppo.reporting.terminal import stdout_console
 from fastppo.rewards import resolve_reward
 from fastppo.training.device import describe, resolve_device, resolve_precision
 
@@ -26,7 +28,7 @@ GIB = 1024**3
 
 def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     """Print configuration, parameter count, memory estimate and the first prompt; train nothing."""
-    console = console or Console()
+    console = console or stdout_console()
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.model)
     data, held_out, rewards = make_inputs(
@@ -41,7 +43,7 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
             ref_model=config.ref_model or None, value_model=config.value_model or None
         ),
     )
-    run_dir = new_run_dir(config.output_dir)
+    run_dir = new_run_dir(config.output_dir, take=False)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
 
@@ -54,19 +56,19 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     console.print(table)
 
     total, trainable = count_parameters(config, model_config)
-    console.print(f"model       {config.model} ({model_config.model_type})")
+    console.print(visible(f"model       {config.model} ({model_config.model_type})"))
     console.print(f"device      {describe(device)}, {precision}")
     console.print(f"parameters  {total:,}, of which {trainable:,} are trained")
     console.print(f"prompts     {len(data):,} ({data.num_filtered:,} over the limit left out)")
     console.print(f"held out    {len(held_out) if held_out else 0:,}")
-    console.print(f"rewards     {', '.join(rewards.names)}")
-    console.print(f"run         {run_dir}")
+    console.print(visible(f"rewards     {', '.join(rewards.names)}"))
+    console.print(visible(f"run         {run_dir}"))
     memory = estimate_memory(config, model_config, total, trainable, precision)
     console.print(f"memory      about {sum(memory.values()) / GIB:.2f} GiB:")
     for purpose, size in memory.items():
         console.print(f"{'':11} {size / GIB:6.2f} {purpose}")
     console.print("\nfirst prompt, as the model will see it:")
-    console.print(Text(tokenizer.decode(data.ids[0]), style="cyan"))
+    console.print(Text(visible(tokenizer.decode(data.ids[0]), keep="\n"), style="cyan"))
     console.print("\ndry run: nothing was trained and nothing was written")
 
 

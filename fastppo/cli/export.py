@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from fastppo.checkpoint import save_model, verify
+from fastppo.cli.output import out
 from fastppo.cli.replay import load_step
 from fastppo.models.loading import load_tokenizer
 
@@ -31,5 +32,5 @@ def export(
     if folder.exists():
         raise ValueError(f"folder: expected a name that is free, got {str(folder)!r}")
     step, _, name = load_step(verify(checkpoint), model)
-    print(f"written to {save_model(folder, step.policy, load_tokenizer(name))}")
+    out(f"written to {save_model(folder, step.policy, load_tokenizer(name))}")
     return 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastppo.cli.output import quiet, refused
+from fastppo.cli.output import called, crashed, quiet, refused
 
 _USAGE = """usage: fastppo COMMAND [options]
 
@@ -26,8 +28,8 @@ _INTERRUPTED = 130  # the status of a program that Ctrl-C ended: 128 + SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. What a person can mend is one line on stderr and exit status 2; Ctrl-C is
-    one line and 130.
+    """Run one command. What a person can mend is one line on stderr and exit status 2, what nobody
+    foresaw one line and 1, with the traceback in a file; Ctrl-C is one line and 130.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     commands = {
@@ -56,11 +58,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     # itself (docs/log.md). GNU OpenMP reads this when torch is loaded, further down.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for number in (0, 1, 2):  # what is opened next would take the place of one that was closed
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name with an accent on a terminal without
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        os.getcwd()
         return commands[args[0]](args[1:])
     except KeyboardInterrupt:
         print(f"\nfastppo {args[0]}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+    except Exception as error:
+        return _failed(args[0], error)
+    finally:
+        _let_go_of_stdout()
+
+
+def _failed(command: str, error: Exception) -> int:
+    """One line about an error that the command has no words for."""
+    if isinstance(error, FileNotFoundError) and not error.filename:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return refused(command, "the current folder has been deleted: cd to another one")
+    if isinstance(error, OSError):
+        return refused(command, error)
+    from fastppo.training.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return refused(command, f"out of memory: {error}. Use a smaller model, or free the device")
+    return crashed(command, error)
+
+
+def _let_go_of_stdout() -> None:
+    """Flush it; where its reader has gone, Python would complain about that at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # io.UnsupportedOperation is both
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -107,14 +147,12 @@ def _bench(argv: Sequence[str]) -> int:
 
 def _called(function: Callable[..., Any], argv: Sequence[str]) -> int:
     """The exit status of a command that is one function, whose arguments are its options."""
-    import tyro
-
     from fastppo.checkpoint import CheckpointError
 
     name = function.__name__
     quiet()
     try:
-        result = tyro.cli(function, prog=f"fastppo {name}", args=argv)
-    except (ValueError, OSError, CheckpointError) as error:
+        result = called(function, prog=f"fastppo {name}", args=argv)
+    except (ValueError, CheckpointError) as error:
         return refused(name, error)
     return result if isinstance(result, int) else 0

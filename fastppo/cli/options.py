@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastppo.options import Options
+from fastppo.cli.output import parsed
+from fastppo.options import Options, shown
 from fastppo.ppo.config import TrainConfig
 
 if sys.version_info >= (3, 11):
@@ -37,19 +38,21 @@ def parse_config(
         prog, description: for --help.
         ignored: a key of the file that says nothing about this configuration.
     """
-    import tyro
-
     from fastppo.cli.groups import flat, grouped
 
-    args, settings = list(argv), {}
+    args, settings, path = list(argv), {}, ""
     if (values := take(args, "--config")) is not None:
-        settings = read_toml(Path(at_most_one("--config", values) or ""), kind)
+        path = at_most_one("--config", values) or ""
+        settings = read_toml(Path(path), kind)
     given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in args if arg[:2] == "--"}
     given |= {name.removeprefix("no_") for name in given} | {ignored}
     kept = {key: value for key, value in settings.items() if key not in given}
     flags = [*as_flags(kept), *args]
-    parsed = tyro.cli(grouped(kind), prog=prog, description=description, args=flags)
-    return kind(**flat(parsed))
+    try:
+        made = parsed(grouped(kind), prog=prog, description=description, args=flags)
+        return kind(**flat(made))
+    except ValueError as error:
+        raise ValueError(f"{path}, with the flags: {error}" if path else str(error)) from error
 
 
 def read_toml(path: Path, kind: type[Options] = TrainConfig) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def read_toml(path: Path, kind: type[Options] = TrainConfig) -> dict[str, Any]:
         raise ValueError(
             f"--config: expected a TOML file, got {str(path)!r}, which does not exist"
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits, too deep
         raise ValueError(f"{path}: not valid TOML: {error}") from error
     known = [field.name for field in dataclasses.fields(kind)]
     for key in settings:
@@ -76,6 +79,13 @@ def read_toml(path: Path, kind: type[Options] = TrainConfig) -> dict[str, Any]:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "fastppo train --help lists them"
             raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+        values = settings[key] if isinstance(settings[key], list) else [settings[key]]
+        for value in values:
+            if not isinstance(value, (str, int, float)) or str(value).startswith("--"):
+                raise ValueError(
+                    f"{path}: {key}: expected text, a number, true, false or a list of these, got "
+                    f"{shown(value)}"
+                )
     for key in filter(settings.__contains__, _PATHS):
         value = settings[key]
         many = isinstance(value, list)
@@ -103,7 +113,7 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
         elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         else:
-            flags += [f"--{name}", str(value)]
+            flags.append(f"--{name}={value}")
     return flags
 
 

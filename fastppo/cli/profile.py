@@ -8,7 +8,6 @@ fastppo profile --aot                           kernels compiled without a GPU
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fastppo.cli.options import parse_config
-from fastppo.cli.output import quiet, refused
+from fastppo.cli.output import called, quiet, refused, say
 from fastppo.options import option
 from fastppo.ppo.config import TrainConfig
+from fastppo.reporting.formatting import visible
+from fastppo.reporting.terminal import stdout_console
 from fastppo.rewards import RewardError
 from fastppo.training.errors import NonFiniteError
 from fastppo.training.interrupts import Interrupted
@@ -47,9 +48,9 @@ def main(argv: Sequence[str]) -> int:
     """Run `fastppo profile` with these arguments; returns the exit status."""
     try:
         if argv[:1] == ["op"]:
-            tyro.cli(profile_op, prog="fastppo profile op", args=argv[1:])
+            called(profile_op, prog="fastppo profile op", args=argv[1:])
         elif any(arg.partition("=")[0] in ("--aot", "--target") for arg in argv):
-            tyro.cli(print_aot, prog="fastppo profile", args=argv)
+            called(print_aot, prog="fastppo profile", args=argv)
         else:
             config = parse_config(
                 ProfileConfig,
@@ -67,8 +68,7 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, TypeError, ImportError, OSError, RewardError, NonFiniteError) as error:
         return refused("profile", error)
     except Interrupted as interrupted:
-        print("fastppo profile: interrupted", file=sys.stderr)
-        return 128 + interrupted.signum
+        return say("profile", "interrupted", 128 + interrupted.signum)
     return 0
 
 
@@ -86,7 +86,7 @@ def profile(config: ProfileConfig) -> None:
     from fastppo.checkpoint import new_run_dir
     from fastppo.profiling.collect import META, profile_run
 
-    console = Console()
+    console = stdout_console()
     folder = new_run_dir(config.output_dir, "profiles")
     _quiet_kineto()
     try:
@@ -123,7 +123,7 @@ def profile_op(
     from fastppo.checkpoint import new_run_dir
     from fastppo.profiling import op_profile
 
-    console = Console()
+    console = stdout_console()
     ready = op_profile.make_ready(name, size, device, precision)
     folder = new_run_dir(output_dir, "profiles")
     if ncu:
@@ -157,7 +157,7 @@ def print_aot(aot: bool = True, target: str = "") -> None:
             made = report(call, each)
             counts = (str(getattr(made, column)) for column in COLUMNS)
             table.add_row(name, each, str(made.num_warps), *counts)
-    Console().print(table)
+    stdout_console().print(table)
 
 
 def _quiet_kineto() -> None:
@@ -175,7 +175,7 @@ def _report(folder: Path, console: Console) -> Ceilings | None:
     analysis = report(folder)
     print_table(analysis, console)
     for path in sorted(folder.iterdir()):
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        console.print(visible(f"  {path}"), highlight=False, soft_wrap=True)
     return analysis.meta.ceilings
 
 

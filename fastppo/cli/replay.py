@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.checkpoint import Checkpoint, CheckpointError, verify
+from fastppo.cli.output import out
 from fastppo.data.text import decode
 from fastppo.models.loading import load_tokenizer
 from fastppo.ppo.config import PPOConfig, TrainConfig
@@ -50,7 +51,7 @@ def replay(dump: Annotated[Path, tyro.conf.Positional], model: str = "") -> int:
             "iterations. Continue it with fastppo train --resume"
         )
     minibatch = step.next_minibatch(batch)
-    print(
+    out(
         f"{dump.name}: iteration {step.iteration + 1}, epoch {progress.epoch + 1}, minibatch "
         f"{progress.minibatch + 1}: {minibatch.num_sequences} sequences, "
         f"{minibatch.num_responses} response tokens"
@@ -61,22 +62,23 @@ def replay(dump: Annotated[Path, tyro.conf.Positional], model: str = "") -> int:
     if not bad:
         print("every gradient is finite")
         return 0 if same else 1
-    print(f"gradients that are not finite: {len(bad)} parameters, the first is {bad[0]}")
-    print(_anomaly(step, minibatch))
+    out(f"gradients that are not finite: {len(bad)} parameters, the first is {bad[0]}")
+    out(_anomaly(step, minibatch))
     _show_sequences(step, minibatch, load_tokenizer(name))
     return 0 if same else 1
 
 
 def load_step(checkpoint: Checkpoint, model: str) -> tuple[PPOStep, Iteration, str]:
     """The step and the unfinished iteration of a checkpoint, and the name of its model."""
-    saved = checkpoint.state["config"]
-    kind = TrainConfig if "model" in saved else PPOConfig
-    known = {field.name for field in dataclasses.fields(kind)}
-    fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known
-    }
-    config = kind(**fields)
-    name = model or saved.get("model", "")
+    with checkpoint.understood():
+        saved = checkpoint.state["config"]
+        kind = TrainConfig if "model" in saved else PPOConfig
+        known = {field.name for field in dataclasses.fields(kind)}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known
+        }
+        config = kind(**fields)
+        name = model or saved.get("model", "")
     if not name:
         raise ValueError(
             f"model: {checkpoint.path} does not name the model its run started from. Name it: "
@@ -90,8 +92,9 @@ def load_step(checkpoint: Checkpoint, model: str) -> tuple[PPOStep, Iteration, s
             f"{checkpoint.path}: expected the parameters before the step, got a batch that was "
             "kept for reading. Its samples are in state.json"
         )
-    check_identity(checkpoint.state["run"], {"frozen": frozen_digest(step)})
-    return step, load_trainer_state(checkpoint, step), name
+    with checkpoint.understood():
+        check_identity(checkpoint.state["run"], {"frozen": frozen_digest(step)})
+        return step, load_trainer_state(checkpoint, step), name
 
 
 def _compare(step: PPOStep, minibatch: PackedBatch, checkpoint: Checkpoint) -> bool:

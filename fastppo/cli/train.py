@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from fastppo.cli.options import at_most_one, parse_config, take
-from fastppo.cli.output import quiet, refused
+from fastppo.cli.output import crashed, quiet, refused, say
 from fastppo.ppo.config import TrainConfig
 
 
@@ -77,16 +76,17 @@ def train(argv: Sequence[str]) -> int:
         OSError,
     ) as error:
         return refused("train", error)
-    except (RuntimeError, MemoryError) as error:
+    except Interrupted as interrupted:
+        return say(
+            "train", f"interrupted; the run is in {trainer.run_dir}", 128 + interrupted.signum
+        )
+    except Exception as error:
         if not is_out_of_memory(error):
-            raise
+            return crashed("train", error, trainer.run_dir)
         return refused(
             "train",
             f"out of memory, with the smallest pass that was possible: {error}. Shorten "
             "max_response_length, set train_layers or lora_rank, or free the device; --resume "
             "goes on from the last checkpoint",
         )
-    except Interrupted as interrupted:
-        print(f"fastppo train: interrupted; the run is in {trainer.run_dir}", file=sys.stderr)
-        return 128 + interrupted.signum
     return 0

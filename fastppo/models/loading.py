@@ -12,6 +12,7 @@ by name (`load_whole`, weights.py).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -23,8 +24,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from fastppo.models.damage import check_config, damaged, reason
+from fastppo.models.hub import only_cached
 from fastppo.models.weights import check_weights, load_value_head
-from fastppo.options import check_kind
+from fastppo.options import check_kind, shown
+from fastppo.reporting.formatting import visible
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -52,25 +56,38 @@ class ModelSource:
         """`auto_class.from_pretrained`, for the model, its configuration or its tokenizer.
 
         Raises:
-            ValueError, OSError: it cannot be loaded, or not without running code.
+            ValueError: it cannot be loaded, or not without running code; names the file.
         """
-        from safetensors import SafetensorError
-
         if self.gguf_file is not None:
             options["gguf_file"] = self.gguf_file
+        if not Path(self.path).is_dir():
+            options["local_files_only"] = only_cached(self.path, PACKAGED)
         try:
             return auto_class.from_pretrained(self.path, **DATA_ONLY, **options)
         except UnpicklingError as error:
-            reason = str(error).partition("\n")[0]
+            first = str(error).partition("\n")[0]
             raise ValueError(
                 f"model: {self.path!r} is not read: its weights are a pickle with more than "
-                f"tensors in it ({reason}). Use one with safetensors"
+                f"tensors in it ({first}). Use one with safetensors"
             ) from error
-        except SafetensorError as error:
-            raise ValueError(
-                f"model: {self.path!r} is not read: a file of its weights is damaged or cut off "
-                f"({error}). Copy or download it again"
-            ) from error
+        except Exception as error:  # whatever a damaged file leads to
+            if isinstance(error, (MemoryError, RuntimeError)) and "memory" in str(error):
+                raise
+            why = damaged(Path(self.path))
+            why = why or f"{self._place(auto_class)} cannot be read: {reason(error)}"
+            raise ValueError(f"model: {self.path!r}: {why}") from error
+
+    def _place(self, auto_class: Any) -> str:
+        """What could not be read; a tokenizer reads the configuration before its own files."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        if auto_class is AutoTokenizer:
+            with contextlib.suppress(Exception):
+                AutoConfig.from_pretrained(self.path, **DATA_ONLY, local_files_only=True)
+                return "tokenizer.json or tokenizer_config.json"
+        if auto_class in (AutoConfig, AutoTokenizer):
+            return "config.json"
+        return "the weights, or what config.json says of them,"
 
 
 def find_model(name: str) -> ModelSource:
@@ -97,6 +114,9 @@ def find_model(name: str) -> ModelSource:
                 "(adapter_config.json). Merge it first: peft.AutoPeftModelForCausalLM"
                 ".from_pretrained(...).merge_and_unload().save_pretrained(...)"
             )
+        for file in path.iterdir():
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise ValueError(f"model: {name!r}: {file.name} is a pipe or a device, not a file")
         return ModelSource(str(path))
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ValueError(
@@ -187,7 +207,9 @@ def load_config(name: str) -> Any:
     """The model's transformers configuration; no weights are read."""
     from transformers import AutoConfig
 
-    return _unquantised(name).load(AutoConfig)
+    config = _unquantised(name).load(AutoConfig)
+    check_config(name, config)
+    return config
 
 
 def max_positions(config: Any) -> int | None:
@@ -225,6 +247,11 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     config = getattr(model, "generation_config", None)
     configured = getattr(config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
+    if wrong := [i for i in ids if i is not None and (type(i) is not int or i < 0)]:
+        raise ValueError(
+            "model: generation_config.json: eos_token_id: expected ids of tokens, got "
+            f"{shown(wrong[0])}"
+        )
     found = dict.fromkeys(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
     if not found:
         raise ValueError(
@@ -260,7 +287,8 @@ def _packaged(name: str) -> ModelSource:
 
 
 def _cache_root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastppo"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(tempfile.gettempdir() if cache.startswith("~") else cache) / "fastppo"
 
 
 def _converted(source: ModelSource) -> ModelSource:
@@ -280,16 +308,22 @@ def _converted(source: ModelSource) -> ModelSource:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"dequantising {file.name}, once; kept in {target}", file=sys.stderr)
-    loaded = _whole(source, str(file), "model", AutoModelForCausalLM, {"dtype": torch.float32})
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ValueError(
+            f"model: {file.name} is kept dequantised in {target.parent}, which cannot be written: "
+            f"{error.strerror}. Set XDG_CACHE_HOME to a folder that can"
+        ) from error
+    print(visible(f"dequantising {file.name}, once; kept in {target}"), file=sys.stderr)
+    try:
+        loaded = _whole(source, str(file), "model", AutoModelForCausalLM, {"dtype": torch.float32})
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = type(loaded)(config)
+        model.load_state_dict(loaded.state_dict())
         model.save_pretrained(partial)
         source.load(AutoTokenizer).save_pretrained(partial)
         partial.rename(target)

@@ -30,7 +30,7 @@ from fastppo.ppo.update_metrics import StepStats
 from fastppo.rewards import RewardBatch, RewardFailure
 from fastppo.rollout.engine import Rollouts
 from fastppo.training.errors import ForeignStateError
-from fastppo.training.metrics import from_json, to_json
+from fastppo.training.metrics import from_json, to_json, whole
 from fastppo.training.trainer import State
 
 Tensors = dict[str, Tensor]
@@ -128,7 +128,8 @@ def load_step(
         for name, value in own.items():
             value.copy_(saved[name])
     for name in _COUNTERS:
-        setattr(step, name, counters[name])
+        coef = name == "kl_coef"
+        setattr(step, name, float(counters[name]) if coef else whole(counters, name))
     step.progress = None
 
 
@@ -212,7 +213,7 @@ def load_iteration(
             tensors["scores"].numpy(),
             {name: tensors[f"scores/{name}"].numpy() for name in state["scores"]},
             tuple(RewardFailure(**failure) for failure in state["failures"]),
-            state["lost"],
+            whole(state, "lost"),
         )
     if "batch" in state:
         fields: dict[str, Any] = {
@@ -222,7 +223,7 @@ def load_iteration(
         }
         for name in ("cu_seqlens", "cu_responses"):
             fields[f"{name}_host"] = tensors[f"batch/{name}"].numpy()
-        current.batch = PackedBatch(**fields, max_seqlen=state["batch"])
+        current.batch = PackedBatch(**fields, max_seqlen=whole(state, "batch"))
     if "row" in state:
         current.row = from_json(state["row"])
     if "progress" in state:

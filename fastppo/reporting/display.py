@@ -30,6 +30,7 @@ from fastppo.reporting.formatting import (
     visible,
 )
 from fastppo.reporting.panel import MAX_WIDTH, RunPanel
+from fastppo.reporting.terminal import stdout_console
 
 
 class Display:
@@ -38,13 +39,14 @@ class Display:
     Args:
         num_iterations: iterations of the whole run; `row["iteration"]` counts from 1 to it.
         title: shown in the panel's border (the model, the run's name).
-        console: rich console to draw on; the live panel is used if it is a terminal.
+        console: rich console to draw on, by default stdout, which may go away; the live panel is
+            used if it is a terminal.
     """
 
     def __init__(
         self, num_iterations: int, *, title: str = "", console: Console | None = None
     ) -> None:
-        self._console = console or Console()
+        self._console = console or stdout_console()
         self._panel = RunPanel(num_iterations, title, self._console)
         self._live: Live | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -120,7 +122,7 @@ class Display:
             self._live.stop()
         width = min(self._console.width, MAX_WIDTH)
         parts: list[Any] = [self._figures(summary)]
-        if finite(self._panel.history()):
+        if width >= 20 and finite(self._panel.history()):
             parts += [Text(), self._panel.curve(width - 4, 13, plain=self._live is None)]
         where = Table.grid(padding=(0, 2))
         where.add_column(no_wrap=True, overflow="crop", style="dim")

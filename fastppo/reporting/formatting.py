@@ -6,6 +6,7 @@ Pure functions on plain values. A missing value (None, NaN, infinity) is shown a
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 Value = float | int | None
@@ -71,6 +72,11 @@ def visible(text: str, *, keep: str = "", newline: str = "⏎") -> str:
         else:
             out.append(newline if char == "\n" else char.encode("unicode_escape").decode("ascii"))
     return "".join(out)
+
+
+def one_line(text: str, limit: int = 2000) -> str:
+    """`text` as `visible` shows it, on one line; of a long one the start and the end."""
+    return visible(shorten(re.sub(r"\s*[\r\n]\s*", " ", text.strip()), limit))
 
 
 def prompt_text(prompt: object) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fastppo.options import shown
 from fastppo.reporting.curves import Curves, reward_curve, small_curves, smoothed
 from fastppo.reporting.formatting import finite
 from fastppo.reporting.markup import write_page
@@ -103,17 +104,40 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: another line is not a JSON object.
     """
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with path.open(encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
                 return
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # of 5000 digits, or nested too deeply
                 row = None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}: line {number} must be a JSON object, got {line[:80]!r}")
             yield row
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl: an iteration, and numbers or None under every other name.
+
+    Raises:
+        ValueError: another line.
+    """
+    rows = []
+    for number, row in enumerate(read_lines(path), 1):
+        iteration = row.get("iteration")
+        if type(iteration) is not int or iteration < 0:
+            raise ValueError(f"{path}: line {number} must have an iteration, got {iteration!r}")
+        for key, value in row.items():
+            if not (value is None or isinstance(value, float) or _is_small(value)):
+                got = shown(value)
+                raise ValueError(f"{path}: line {number}: {key} must be a number, got {got}")
+        rows.append(row)
+    return rows
+
+
+def _is_small(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 2**63
 
 
 def _metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -123,12 +147,15 @@ def _metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; run_dir must be the folder of a fastppo run")
-    rows = {int(row["iteration"]): row for row in read_lines(path) if "iteration" in row}
+    rows = {row["iteration"]: row for row in read_metrics(path)}
     return [rows[iteration] for iteration in sorted(rows)]
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON object: {error}") from error
     return value if isinstance(value, dict) else {}
 
 

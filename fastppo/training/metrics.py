@@ -26,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastppo.checkpoint import CheckpointError
+from fastppo.options import shown
+from fastppo.reporting.report import read_metrics
 from fastppo.training.config import Tracker
 
 
@@ -154,8 +156,7 @@ class MetricsWriter:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every metrics row written so far, by earlier parts of the run too."""
-        lines = Path(self._metrics.name).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return read_metrics(Path(self._metrics.name))
 
     def rewind(self, last_iteration: int) -> None:
         """Drop what was written about later iterations."""
@@ -260,29 +261,51 @@ class PhaseTimer:
         self._mark = now
 
 
+def check_lines(run_dir: Path) -> None:
+    """Refuse a run whose metrics or samples cannot be continued, before anything is changed.
+
+    Raises:
+        CheckpointError: a line that is no JSON object with an iteration, or metrics whose values
+            are no numbers.
+    """
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (run_dir / name).exists():
+            if not (run_dir / name).is_file():
+                raise CheckpointError(f"{run_dir / name} is not a file. Move it away")
+            _kept(run_dir / name, None)
+    try:
+        if (run_dir / "metrics.jsonl").exists():
+            read_metrics(run_dir / "metrics.jsonl")
+    except ValueError as error:
+        raise CheckpointError(f"{error}. Mend the line, or take it out") from error
+
+
+def _kept(path: Path, last_iteration: int | None) -> int:
+    """Bytes before the first line that is about a later iteration or has no end."""
+    kept = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                iteration = whole(json.loads(line), "iteration")
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise CheckpointError(
+                    f"{path}, line {number}: expected a JSON object with an iteration, got "
+                    f"{line[:60]!r}. Mend the line, or take it out"
+                ) from error
+            if last_iteration is not None and iteration > last_iteration:
+                break
+            kept += len(line)
+    return kept
+
+
 def _open_lines(path: Path, last_iteration: int | None) -> IO[str]:
     """Open for appending, line-buffered, after dropping a last line without its newline and all
     from the first line on that is about a later iteration.
     """
     if path.exists():
-        with path.open("rb+") as file:
-            kept = 0
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    late = last_iteration is not None and (
-                        json.loads(line)["iteration"] > last_iteration
-                    )
-                except (ValueError, TypeError, KeyError) as error:
-                    raise CheckpointError(
-                        f"{path}, line {number}: expected a JSON object with an iteration, got "
-                        f"{line[:60]!r}. Mend the line, or take it out"
-                    ) from error
-                if late:
-                    break
-                kept += len(line)
-            file.truncate(kept)
+        os.truncate(path, _kept(path, last_iteration))
     # A lone surrogate cannot be encoded; backslashreplace writes \udXXX, which is JSON's own escape
     # for it.
     return path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n", buffering=1)
@@ -335,6 +358,18 @@ def to_json(value: Any) -> Any:
 def from_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers that `to_json` wrote."""
     return {k: float(value) if isinstance(value, str) else value for k, value in values.items()}
+
+
+def whole(values: Mapping[str, Any], name: str) -> int:
+    """A number ≥ 0 that counts something, of a saved state.
+
+    Raises:
+        LookupError, TypeError: there is none under that name.
+    """
+    value = values[name]
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise TypeError(f"{name}: expected an integer ≥ 0, got {shown(value)}")
+    return value
 
 
 def mean(scores: NDArray[Any] | Sequence[float]) -> float:

@@ -25,6 +25,7 @@ from fastppo.checkpoint import (
 from fastppo.checkpoint.lock import LOCK
 from fastppo.options import Options, about, holds, shown
 from fastppo.training.config import RunConfig
+from fastppo.training.metrics import check_lines
 
 INPUTS = ("model", "dataset", "reward", "reward_weights")
 """What a trainer is given besides its configuration, as `allow_changes` names it."""
@@ -147,9 +148,16 @@ def open_run(
     if found is None:
         return OpenedRun(run_dir, False, store, None, [])
     held.enter_context(lock_run_dir(run_dir))
+    check_lines(run_dir)
     store.sweep()
     checkpoint, notes = find_checkpoint(store, named)
     if checkpoint is not None:
+        for part in ("config", "versions", "run"):
+            if not isinstance(checkpoint.state.get(part), dict):
+                raise CheckpointError(
+                    f"{checkpoint.path}: state.json has no {part!r}, so it is not that of a run. "
+                    "Use another checkpoint"
+                )
         check_config(checkpoint.state["config"], args, allowed)
         if changed := changed_versions(checkpoint.state["versions"]):
             notes.append(f"other versions than the run was made with, bits may differ: {changed}")
@@ -202,16 +210,15 @@ def check_config(saved: Mapping[str, Any], args: Options, allowed: Iterable[str]
     free = {*may_differ(args), *allowed}
     before = {name: saved.get(name, default) for name, default in names.items()}
     changed = [
-        f"  {name}: {before[name]!r} → {current[name]!r}"
+        f"{name}: {before[name]!r} → {current[name]!r}"
         for name in names
         if name not in free and _compared(name, current[name]) != _compared(name, before[name])
     ]
     if changed:
-        fields = "\n".join(changed)
         raise ValueError(
-            f"the configuration is not that of the run to resume:\n{fields}\nPut the old values "
-            "back, or name the fields in allow_changes (--allow-changes) to continue with the new "
-            "ones"
+            f"the configuration is not that of the run to resume: {'; '.join(changed)}. Put the "
+            "old values back, or name the fields in allow_changes (--allow-changes) to continue "
+            "with the new ones"
         )
 
 
@@ -227,7 +234,8 @@ def may_differ(args: Options) -> set[str]:
 
 def _compared(name: str, value: Any) -> Any:
     """A reward is the same file and function in whatever folder."""
-    return [Path(spec).name for spec in value] if name == "reward" else value
+    listed = name == "reward" and isinstance(value, list)
+    return [Path(str(spec)).name for spec in value] if listed else value
 
 
 def check_allowed(args: Options, allowed: Sequence[str], resume: bool | str | Path) -> None:

@@ -42,6 +42,7 @@ from fastppo.training.metrics import (
     mean,
     strict,
     to_json,
+    whole,
 )
 from fastppo.training.resume import archive, open_run, plain_config, versions
 from fastppo.training.trainer import Row, Sample, State, Trainer
@@ -100,6 +101,9 @@ class Run:
             yield
         except BaseException:
             self._held.close()
+            if not self.args.output_dir and not self.opened.found:
+                with contextlib.suppress(OSError):  # something is in it
+                    self.run_dir.rmdir()
             raise
 
     # The loop
@@ -269,17 +273,19 @@ class Run:
     def _restore(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
         """Put run and trainer where a checkpoint is."""
         try:
-            trainer.load_state(checkpoint)
+            with checkpoint.understood():
+                trainer.load_state(checkpoint)
+                saved = checkpoint.state["run"]
+                iterations, rollbacks = (whole(saved, name) for name in ("iterations", "rollbacks"))
+                seconds, rewards = float(saved["seconds"]), [float(v) for v in saved["rewards"]]
+                eval_before = saved["eval_before"] and from_json(saved["eval_before"])
         except ForeignStateError as error:
             raise CheckpointError(
                 f"{checkpoint.path}: expected a checkpoint of this run, but {error}. Resume with "
                 "the model, the data and the options that the run was started with"
             ) from error
-        saved = checkpoint.state["run"]
-        self.iterations, self.seconds = saved["iterations"], saved["seconds"]
-        self.rollbacks = saved["rollbacks"]
-        self.rewards = [float(value) for value in saved["rewards"]]
-        self.eval_before = saved["eval_before"] and from_json(saved["eval_before"])
+        self.iterations, self.rollbacks = iterations, rollbacks
+        self.seconds, self.rewards, self.eval_before = seconds, rewards, eval_before
 
     def _dump(
         self,

@@ -347,8 +347,8 @@ def test_every_changed_option_is_listed(three: Path, base: Path, command: Comman
     changes = ("--gamma", "0.9", "--kl-warning", "5")
     done = command(base, *arguments, *changes)
     assert done.status == 2 and contents(three) == before
-    listed = [line for line in done.err.splitlines() if line.startswith("  ")]
-    assert sorted(listed) == ["  gamma: 1.0 → 0.9", "  learning_rate: 0.001 → 0.5"]
+    listed = done.err.split("to resume: ")[1].split(". Put")[0].split("; ")
+    assert sorted(listed) == ["gamma: 1.0 → 0.9", "learning_rate: 0.001 → 0.5"]
     assert "--allow-changes" in done.err
     done = command(base, *arguments, *changes, "--allow-changes", "gamma")
     assert "learning_rate" in done.err and "gamma" not in done.err

@@ -257,3 +257,12 @@ def test_phases_may_be_marked_otherwise() -> None:
     with timer("update"), timer("pack"):
         marked.append("work")
     assert marked == ["open update", "open pack", "work", "close pack", "close update"]
+
+
+def test_only_a_newline_ends_a_row(tmp_path: Path) -> None:
+    row = {"iteration": 1, "reward/a\u2028b\x85c\x1cd": 0.5}
+    with MetricsWriter(tmp_path, [], {}, "run") as writer:
+        writer.log(row)
+        assert writer.rows() == [row]
+    with MetricsWriter(tmp_path, [], {}, "run", last_iteration=1) as writer:
+        assert writer.rows() == [row]
