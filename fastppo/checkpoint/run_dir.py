@@ -11,8 +11,26 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
-from fastppo.checkpoint.durable import advice, delete, make_folder, sync, sync_tree, write_file
+from fastppo.checkpoint.durable import (
+    advice,
+    delete,
+    make_folder,
+    refuse_foreign,
+    sync,
+    sync_tree,
+    write_file,
+)
 from fastppo.checkpoint.format import CheckpointError
+
+FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "summary.json",
+    "report.html",
+    "reward.png",
+)
+FOLDERS = ("checkpoints", "dumps", "model", "tensorboard", "wandb")
 
 
 class Savable(Protocol):
@@ -36,9 +54,23 @@ def new_run_dir(output_dir: str, below: str = "runs") -> Path:
     return path.resolve()
 
 
+def check_entries(run_dir: Path) -> None:
+    """Refuse a run directory in which a name that a run writes to belongs to something else.
+
+    Raises:
+        ForeignFileError: a link, a file with another name, a FIFO, a folder in place of a file.
+    """
+    for name in FILES:
+        refuse_foreign(run_dir / name)
+    for name in FOLDERS:
+        refuse_foreign(run_dir / name, folder=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file in one step: a reader, and the disk, have the old file or the new one."""
     partial = _partial(path)
+    if os.path.lexists(partial):
+        delete(partial)
     write_file(partial, (json.dumps(value, indent=2, default=str) + "\n").encode())
     os.replace(partial, path)
     sync(path.parent)
@@ -59,7 +91,7 @@ def save_model(folder: Path, policy: Savable, tokenizer: Any) -> Path:
     """
     make_folder(folder.parent)
     partial = _partial(folder)
-    if partial.exists():
+    if os.path.lexists(partial):
         delete(partial)
     partial.mkdir()
     try:
