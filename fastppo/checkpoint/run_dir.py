@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
-
-from safetensors import SafetensorError
 
 from fastppo.checkpoint.durable import (
     advice,
@@ -89,25 +89,47 @@ def save_model(folder: Path, policy: Savable, tokenizer: Any) -> Path:
     Raises:
         CheckpointError: it could not be written; no part of it is left.
     """
+    with _unfinished(folder, "the model could not be saved") as partial:
+        policy.save(partial)
+        tokenizer.save_pretrained(partial)
+        sync_tree(partial)
+        partial.rename(folder)
+    sync(folder.parent)
+    return folder
+
+
+def rehearse_model(folder: Path, rehearse: Callable[[Path], None], tokenizer: Any) -> None:
+    """Fail as `save_model` would, with all but the weights; nothing of it stays.
+
+    Args:
+        folder: of the model, later.
+        rehearse: writes a model without its weights.
+        tokenizer: what is saved beside it.
+
+    Raises:
+        CheckpointError: something of the model or the tokenizer cannot be written.
+    """
+    with _unfinished(folder, "the model could not be saved after training") as partial:
+        rehearse(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(partial)
+
+
+@contextlib.contextmanager
+def _unfinished(folder: Path, failed: str) -> Iterator[Path]:
+    """A new folder to write to, of which nothing is left on an error."""
     make_folder(folder.parent)
     partial = _partial(folder)
     if os.path.lexists(partial):
         delete(partial)
     partial.mkdir()
     try:
-        policy.save(partial)
-        tokenizer.save_pretrained(partial)
-        sync_tree(partial)
-        partial.rename(folder)
+        yield partial
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, (OSError, SafetensorError)):
+        if not isinstance(error, Exception):
             raise
-        raise CheckpointError(
-            f"the model could not be saved in {folder}: {error}. {advice(error)}"
-        ) from error
-    sync(folder.parent)
-    return folder
+        raise CheckpointError(f"{failed} in {folder}: {error}. {advice(error)}") from error
 
 
 def leftovers(run_dir: Path) -> list[Path]:

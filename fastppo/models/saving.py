@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastppo.models import setup
+from fastppo.models import rehearsal, setup
 from fastppo.models.loading import DATA_ONLY, VALUE_HEAD
 
 
@@ -26,9 +26,9 @@ def save_pretrained(model: Any, folder: Path) -> None:
     """Write a model; a PEFT model's adapter is merged, and written by itself too."""
     if setup.is_peft(model):
         model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        _merged_copy(model).save_pretrained(folder)
+        rehearsal.write(_merged_copy(model), folder)
     else:
-        model.save_pretrained(folder, state_dict=_float_state(model))
+        rehearsal.write(model, folder, _float_state(model))
 
 
 def save_critic(trunk: Any, value_head: nn.Module, folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastppo.checkpoint import Checkpoint, save_model
+from fastppo.checkpoint import Checkpoint, rehearse_model, save_model
 from fastppo.data.prompts import PromptBatch, decode
 from fastppo.models.loading import eos_token_ids, load_config, load_tokenizer
 from fastppo.models.setup import check_model
@@ -339,6 +339,10 @@ class PPOTrainer:
             "parameters": self.policy.num_parameters(),
             "model_name": self.name,
         }
+
+    def rehearse(self, folder: Path) -> None:
+        """Fail as `save_model` would."""
+        rehearse_model(folder, self.policy.rehearse, self.tokenizer)
 
     def save_model(self, folder: Path) -> Path:
         """Save the policy, its critic and the tokenizer in a new folder."""

@@ -139,6 +139,7 @@ class Run:
                 self._restore(trainer, self.opened.checkpoint)
                 if archived := archive(self.run_dir, self.opened.checkpoint):
                     self.opened.notes.append(f"what came after it is kept in {archived}")
+            trainer.rehearse(self.run_dir / "model")
             write_json(self.run_dir / "config.json", config)
             self.metrics = stack.enter_context(
                 MetricsWriter(
