@@ -10,7 +10,7 @@ durable.py   what it takes until a file survives a power cut
 from fastppo.checkpoint.durable import delete
 from fastppo.checkpoint.format import Checkpoint, CheckpointError, verify
 from fastppo.checkpoint.lock import RunInUseError, lock_run_dir
-from fastppo.checkpoint.run_dir import new_run_dir, save_model, write_json
+from fastppo.checkpoint.run_dir import new_run_dir, rehearse_model, save_model, write_json
 from fastppo.checkpoint.store import CheckpointStore
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "delete",
     "lock_run_dir",
     "new_run_dir",
+    "rehearse_model",
     "save_model",
     "verify",
     "write_json",

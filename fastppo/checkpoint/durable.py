@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
 _ADVICE = {
@@ -17,6 +18,65 @@ _ADVICE = {
     errno.EPERM: "Make the folder writable for this user, or choose another output_dir",
     errno.EXDEV: "Choose an output_dir that lies on one file system",
 }
+
+
+class ForeignFileError(OSError, ValueError):
+    """Something under a name that is the run's own was put there by somebody else."""
+
+
+def own(path: str | Path, flags: int) -> int:
+    """The opener (see `open`) of all that is written to in a run directory.
+
+    Raises:
+        ForeignFileError: see `refuse_foreign`. Nothing has been changed or waited for.
+    """
+    refuse_foreign(path)
+    # What was put there since is not followed, and does not block.
+    safe = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(path, safe, 0o666)
+    try:
+        refuse_foreign(path, fd)
+        if flags & os.O_TRUNC:
+            os.ftruncate(fd, 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def refuse_foreign(path: str | Path, fd: int | None = None, *, folder: bool = False) -> None:
+    """Refuse what is no regular file with this one name, or no folder; what is absent is neither.
+
+    Writing through a link, or to a file that has another name too, changes something elsewhere;
+    opening a FIFO waits for whoever is at its other end.
+
+    Args:
+        path: what to look at, without following it.
+        fd: it is open already.
+        folder: expect a folder.
+
+    Raises:
+        ForeignFileError: it names `path` and says what is there.
+    """
+    try:
+        found = os.lstat(path) if fd is None else os.fstat(fd)
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(found.st_mode):
+        what = "" if folder else "a folder"
+    elif stat.S_ISLNK(found.st_mode):
+        what = "a symbolic link"
+    elif not stat.S_ISREG(found.st_mode):
+        what = "a FIFO, a socket or a device"
+    elif folder:
+        what = "a file"
+    else:
+        what = "a file that has another name too (a hard link)" if found.st_nlink > 1 else ""
+    if what:
+        raise ForeignFileError(
+            f"{path}: expected a {'folder' if folder else 'file'} of the run's own, got {what}. "
+            "Move it away, or choose another output_dir"
+        )
 
 
 def sync(path: Path) -> None:
@@ -37,9 +97,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file and bring it to the disk; a reader may see it half written."""
+    """Write a new file and bring it to the disk; a reader may see it half written."""
     # No buffer in the interpreter: a process forked meanwhile could write it a second time.
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         rest = memoryview(data)
         while rest:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
-
-from fastppo.checkpoint.durable import advice, delete, make_folder, sync, sync_tree, write_file
+from fastppo.checkpoint.durable import (
+    advice,
+    delete,
+    make_folder,
+    refuse_foreign,
+    sync,
+    sync_tree,
+    write_file,
+)
 from fastppo.checkpoint.format import CheckpointError
+
+FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "summary.json",
+    "report.html",
+    "reward.png",
+)
+FOLDERS = ("checkpoints", "dumps", "model", "tensorboard", "wandb")
 
 
 class Savable(Protocol):
@@ -59,9 +77,23 @@ def _taken(folder: Path, name: str) -> Path:
             path = folder / f"{name}-{number}"
 
 
+def check_entries(run_dir: Path) -> None:
+    """Refuse a run directory in which a name that a run writes to belongs to something else.
+
+    Raises:
+        ForeignFileError: a link, a file with another name, a FIFO, a folder in place of a file.
+    """
+    for name in FILES:
+        refuse_foreign(run_dir / name)
+    for name in FOLDERS:
+        refuse_foreign(run_dir / name, folder=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file in one step: a reader, and the disk, have the old file or the new one."""
     partial = _partial(path)
+    if os.path.lexists(partial):
+        delete(partial)
     write_file(partial, (json.dumps(value, indent=2, default=str) + "\n").encode())
     os.replace(partial, path)
     sync(path.parent)
@@ -78,30 +110,50 @@ def save_model(folder: Path, policy: Savable, tokenizer: Any) -> Path:
         tokenizer: saved beside the model.
 
     Raises:
-        CheckpointError: it could not be written; no part of it is left.
-        ValueError: loaded again, it is not what was trained; likewise.
+        CheckpointError: it could not be written, or, loaded again, is not what was trained; no
+            part of it is left.
     """
-    make_folder(folder.parent)
-    partial = _partial(folder)
-    if partial.exists():
-        delete(partial)
-    partial.mkdir()
-    try:
+    with _unfinished(folder, "the model could not be saved") as partial:
         policy.save(partial)
         tokenizer.save_pretrained(partial)
         sync_tree(partial)
         partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, ValueError):
-            raise ValueError(f"{folder}: {error}") from error
-        if not isinstance(error, (OSError, SafetensorError)):
-            raise
-        raise CheckpointError(
-            f"the model could not be saved in {folder}: {error}. {advice(error)}"
-        ) from error
     sync(folder.parent)
     return folder
+
+
+def rehearse_model(folder: Path, rehearse: Callable[[Path], None], tokenizer: Any) -> None:
+    """Fail as `save_model` would, with all but the weights; nothing of it stays.
+
+    Args:
+        folder: of the model, later.
+        rehearse: writes a model without its weights.
+        tokenizer: what is saved beside it.
+
+    Raises:
+        CheckpointError: something of the model or the tokenizer cannot be written.
+    """
+    with _unfinished(folder, "the model could not be saved after training") as partial:
+        rehearse(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(partial)
+
+
+@contextlib.contextmanager
+def _unfinished(folder: Path, failed: str) -> Iterator[Path]:
+    """A new folder to write to, of which nothing is left on an error."""
+    make_folder(folder.parent)
+    partial = _partial(folder)
+    if os.path.lexists(partial):
+        delete(partial)
+    partial.mkdir()
+    try:
+        yield partial
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        raise CheckpointError(f"{failed} in {folder}: {error}. {advice(error)}") from error
 
 
 def leftovers(run_dir: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from transformers import AutoModel, AutoModelForCausalLM
 
 from fastppo.data.sequences import PackedSequences
-from fastppo.models import setup
+from fastppo.models import rehearsal, setup
 from fastppo.models.attention import NAME, attention_kwargs
 from fastppo.models.loading import VALUE_HEAD, load_whole
 from fastppo.models.weights import load_value_head
@@ -47,10 +47,10 @@ def save_pretrained(model: Any, folder: Path) -> None:
         if setup.adapter_is_all(model):
             model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         merged = _merged_copy(model)
-        merged.save_pretrained(folder, state_dict=_saved_state(merged))
+        rehearsal.write(merged, folder, _saved_state(merged))
         del merged
     else:
-        model.save_pretrained(folder, state_dict=_saved_state(model))
+        rehearsal.write(model, folder, _saved_state(model))
     _check_saved(trained, folder, AutoModelForCausalLM)
 
 
@@ -64,7 +64,7 @@ def save_critic(trunk: Any, value_head: nn.Module, folder: Path) -> None:
     critic.mkdir(parents=True, exist_ok=True)
     if trunk is not None:
         merged = setup.trunk_of(_merged_copy(trunk) if setup.is_peft(trunk) else trunk)
-        merged.save_pretrained(critic, state_dict=_saved_state(merged))
+        rehearsal.write(merged, critic, _saved_state(merged))
         del merged
         _check_saved(_outputs(setup.trunk_of(trunk)), critic, AutoModel)
     state = {name: v.contiguous() for name, v in value_head.state_dict().items()}

@@ -21,6 +21,7 @@ from fastppo.data.sequences import PackedSequences
 from fastppo.models import setup
 from fastppo.models.attention import check_supported
 from fastppo.models.packed import PackedModel
+from fastppo.models.rehearsal import rehearse
 from fastppo.models.saving import load_critic, save_critic
 from fastppo.models.value_head import ValueHead, score_head
 
@@ -222,6 +223,10 @@ class Policy:
         self.actor.save(Path(folder))
         if self.value_head is not None:
             save_critic(self.critic and self.critic.model, self.value_head, Path(folder))
+
+    def rehearse(self, folder: Path) -> None:
+        """Write all that `save` writes but the weights."""
+        rehearse(self.actor.model, folder)
 
     def load_critic(self, folder: str | Path) -> None:
         """Load the critic that `save` wrote to `folder`.

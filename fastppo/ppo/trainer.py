@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastppo.checkpoint import Checkpoint, save_model
+from fastppo.checkpoint import Checkpoint, CheckpointError, rehearse_model, save_model
 from fastppo.data.prompts import PromptBatch
 from fastppo.data.text import decode
 from fastppo.models.loading import load_config, load_tokenizer
@@ -383,6 +383,10 @@ class PPOTrainer:
             "model_name": self.name,
         }
 
+    def rehearse(self, folder: Path) -> None:
+        """Fail as `save_model` would."""
+        rehearse_model(folder, self.policy.rehearse, self.tokenizer)
+
     def save_model(self, folder: str | Path) -> Path:
         """Save the policy, its critic and the tokenizer in a new folder.
 
@@ -392,8 +396,10 @@ class PPOTrainer:
         """
         try:
             return save_model(Path(folder), self.policy, self.tokenizer)
-        except ValueError as error:
-            raise StopRunError(str(error)) from error
+        except CheckpointError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise StopRunError(str(error)) from error
+            raise
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:

@@ -27,8 +27,15 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         template: below fastppo/, such as "reporting/page.html".
     """
     page = _environment().get_template(template).render(values)
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text(page, encoding="utf-8")
+    write_whole(path, page.encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file in one step; what has its name, a link too, is replaced and not written to."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("xb") as file:
+        file.write(data)
     unfinished.replace(path)
 
 

@@ -10,6 +10,7 @@ base.html and page.html.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from fastppo.options import shown
 from fastppo.reporting.curves import Curves, reward_curve, small_curves, smoothed
 from fastppo.reporting.formatting import finite
-from fastppo.reporting.markup import write_page
+from fastppo.reporting.markup import write_page, write_whole
 from fastppo.reporting.sections import configuration, figures, phases, samples
 
 _SAMPLED, _HELD_OUT = "#2a5db0", "#c4561a"
@@ -93,8 +94,9 @@ def write_curve_png(run_dir: str | Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#eeebe5", linewidth=0.8)
     axes.set_axisbelow(True)
-    path = run_dir / "reward.png"
-    figure.savefig(path)
+    path, png = run_dir / "reward.png", io.BytesIO()
+    figure.savefig(png, format="png")
+    write_whole(path, png.getvalue())
     return path
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastppo.checkpoint import CheckpointError
+from fastppo.checkpoint.durable import own
 from fastppo.options import shown
 from fastppo.reporting.report import read_metrics
 from fastppo.training.config import Tracker
@@ -127,7 +128,11 @@ class MetricsWriter:
             else:
                 self._sinks.append(_Run("trackio", **shared))
         self._metrics = _open_lines(run_dir / "metrics.jsonl", last_iteration)
-        self._samples = _open_lines(run_dir / "samples.jsonl", last_iteration)
+        try:
+            self._samples = _open_lines(run_dir / "samples.jsonl", last_iteration)
+        except BaseException:
+            self._metrics.close()
+            raise
 
     def log(self, row: Mapping[str, float | int]) -> None:
         """Write one iteration's row; trackers get its finite values at step `row["iteration"]`.
@@ -305,10 +310,19 @@ def _open_lines(path: Path, last_iteration: int | None) -> IO[str]:
     from the first line on that is about a later iteration.
     """
     if path.exists():
-        os.truncate(path, _kept(path, last_iteration))
+        with open(path, "rb+", opener=own) as file:
+            file.truncate(_kept(path, last_iteration))
     # A lone surrogate cannot be encoded; backslashreplace writes \udXXX, which is JSON's own escape
     # for it.
-    return path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n", buffering=1)
+    return open(
+        path,
+        "a",
+        encoding="utf-8",
+        errors="backslashreplace",
+        newline="\n",
+        buffering=1,
+        opener=own,
+    )
 
 
 def _line(value: Mapping[str, Any]) -> str:

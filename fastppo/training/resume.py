@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,7 +54,8 @@ def find_run(resume: bool | str | Path, output_dir: str) -> tuple[Path | None, P
                 return None, None
             _check_run_dir(path)
             return path, None
-        found = sorted(Path("runs").glob("*/checkpoints"), key=lambda p: p.stat().st_mtime)
+        folders = (path for path in Path("runs").glob("*/checkpoints") if path.is_dir())
+        found = sorted(folders, key=lambda path: path.stat().st_mtime)
         if not found:
             raise ValueError(
                 "resume: expected a run with checkpoints below runs/, found none. Name the run's "
@@ -177,8 +180,8 @@ def archive(run_dir: Path, checkpoint: Checkpoint) -> Path | None:
     newer = [path for path in folder.glob("[!.]*") if path.name > checkpoint.path.name]
     if not newer:
         return None
-    count = len(list(run_dir.glob("abandoned-*"))) + 1
-    archived = run_dir / f"abandoned-{count}"
+    names = (run_dir / f"abandoned-{number}" for number in itertools.count(1))
+    archived = next(path for path in names if not os.path.lexists(path))
     (archived / folder.name).mkdir(parents=True)
     for name in ("metrics.jsonl", "samples.jsonl"):
         if (run_dir / name).exists():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from fastppo.checkpoint import (
     lock_run_dir,
     write_json,
 )
+from fastppo.checkpoint.lock import LOCK, check_in_place
 from fastppo.reporting.display import Display
 from fastppo.reporting.report import write_curve_png, write_report
 from fastppo.training import interrupts
@@ -125,7 +127,8 @@ class Run:
             StopRunError: the trainer cannot go on; likewise.
             NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
             CheckpointError: a checkpoint could not be saved, or is not one of this model.
-            RunInUseError: another run has the directory, or had it since this one was prepared.
+            RunInUseError: another run has the directory, or had it since this one was prepared; or
+                it was moved or removed meanwhile.
         """
         config = plain_config(self.args)
         with contextlib.ExitStack() as stack:
@@ -133,12 +136,14 @@ class Run:
                 stack.enter_context(lock_run_dir(self.run_dir, new=not self._begun))
             self._begun = True
             stack.enter_context(self._held)
+            self._lock = os.lstat(self.run_dir / LOCK)
             stack.enter_context(contextlib.closing(self.store))
             stack.enter_context(resources)
             if self.opened.checkpoint is not None:
                 self._restore(trainer, self.opened.checkpoint)
                 if archived := archive(self.run_dir, self.opened.checkpoint):
                     self.opened.notes.append(f"what came after it is kept in {archived}")
+            trainer.rehearse(self.run_dir / "model")
             write_json(self.run_dir / "config.json", config)
             self.metrics = stack.enter_context(
                 MetricsWriter(
@@ -174,6 +179,7 @@ class Run:
             self.eval_before = trainer.evaluate()
         while self.iterations < self.args.num_iterations:
             interrupts.check()
+            check_in_place(self.run_dir, self._lock)
             self.store.check()
             try:
                 row, samples = trainer.iterate(self.iterations + 1, timer)
@@ -209,8 +215,9 @@ class Run:
 
     def _finish(self, trainer: Trainer) -> dict[str, Any]:
         after = trainer.evaluate()
+        check_in_place(self.run_dir, self._lock)
         folder = self.run_dir / "model"
-        if folder.exists():  # of the same run, before it was continued
+        if os.path.lexists(folder):  # of the same run, before it was continued
             delete(folder)
         summary = {
             "eval_before": self.eval_before,
@@ -250,6 +257,7 @@ class Run:
             CheckpointError: the previous checkpoint could not be saved, or with `extra` this one.
         """
         name = f"iteration-{self.iterations:06d}{trainer.place}"
+        check_in_place(self.run_dir, self._lock)
         tensors, state = self._state(trainer)
         self.metrics.sync()
         self.store.save(name, tensors, state, score=score, extra=extra, wait=extra)

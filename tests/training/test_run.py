@@ -16,7 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastppo.checkpoint import Checkpoint, CheckpointError, RunInUseError, save_model
+from fastppo.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    RunInUseError,
+    rehearse_model,
+    save_model,
+)
 from fastppo.data.sequences import PackedSequences
 from fastppo.models.config import ModelConfig
 from fastppo.models.packed import PackedModel
@@ -102,6 +108,9 @@ class TextTrainer:
 
     def summary(self) -> dict[str, Any]:
         return {"texts": self.texts}
+
+    def rehearse(self, folder: Path) -> None:
+        """Nothing can fail."""
 
     def save_model(self, folder: Path) -> Path:
         return save_model(folder, self.model, word_tokenizer())
@@ -227,6 +236,9 @@ class Counter(TextTrainer):
     def summary(self) -> dict[str, Any]:
         return {"count": self.count}
 
+    def rehearse(self, folder: Path) -> None:
+        """Nothing can fail."""
+
     def save_model(self, folder: Path) -> Path:
         folder.mkdir()
         return folder
@@ -255,3 +267,30 @@ def test_a_signal_stops_a_trainer_that_never_looks(tmp_path: Path) -> None:
         Signalled(args).train()
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000003"]
     assert Counter(args, resume=True).train()["count"] == 9
+
+
+def test_what_the_end_would_refuse_is_refused_before_the_first_iteration(tmp_path: Path) -> None:
+    class Refusing(Counter):
+        def rehearse(self, folder: Path) -> None:
+            rehearse_model(folder, lambda partial: (partial / "a").mkdir(), object())
+
+    args = CountConfig(output_dir=str(tmp_path / "run"), num_iterations=3)
+    with pytest.raises(CheckpointError, match="after training .*save_pretrained"):
+        Refusing(args).train()
+    assert os.listdir(tmp_path / "run") == [".lock"]
+
+
+def test_a_directory_that_is_moved_stops_the_run_and_goes_on_where_it_is(tmp_path: Path) -> None:
+    class Moved(Counter):
+        def next_iteration(self) -> None:
+            super().next_iteration()
+            if self.run.iterations == 2:
+                self.run.store.wait()
+                (tmp_path / "run").rename(tmp_path / "moved")
+
+    args = CountConfig(output_dir=str(tmp_path / "run"), num_iterations=5, save_interval=1)
+    with pytest.raises(RunInUseError, match="was moved or removed"):
+        Moved(args).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+    there = dataclasses.replace(args, output_dir=str(tmp_path / "moved"))
+    assert Counter(there, resume=True).train()["count"] == 5
