@@ -62,14 +62,13 @@ def train(argv: Sequence[str]) -> int:
         )
     except (ValueError, TypeError, ImportError, OSError, CheckpointError) as error:
         return refused("train", error)
-    from fastppo.rewards import RewardError
-    from fastppo.training.errors import NonFiniteError
+    from fastppo.training.errors import NonFiniteError, StopRunError
     from fastppo.training.interrupts import Interrupted
     from fastppo.training.memory import is_out_of_memory
 
     try:
         trainer.train()
-    except (RewardError, NonFiniteError, CheckpointError, RunInUseError, OSError) as error:
+    except (StopRunError, NonFiniteError, CheckpointError, RunInUseError, OSError) as error:
         return refused("train", error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

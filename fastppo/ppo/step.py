@@ -296,20 +296,28 @@ class PPOStep:
         """One optimiser step of actor and critic, or of neither."""
         policy, value_loss, norms = self._within_memory(batch, lambda: self.gradients(batch))
         with record_function("fastppo::optimiser"):
-            return self._apply(policy, value_loss, norms, not batch.valid_lengths.any())
+            empty = not batch.valid_lengths.any()
+            lost = need(batch, "advantages", "step.advantages").isnan().any() if empty else empty
+            return self._apply(policy, value_loss, norms, empty, lost)
 
     @retried
     def _apply(
-        self, policy: Tensor, value_loss: Tensor, norms: list[Tensor], empty: bool
+        self,
+        policy: Tensor,
+        value_loss: Tensor,
+        norms: list[Tensor],
+        empty: bool,
+        lost: Tensor | bool,
     ) -> StepStats:
-        """Step with the gradients, unless something is not finite or no token counts (`empty`).
+        """Step with the gradients, unless something is not finite or no token counts (`empty`);
+        where that is because no sample of the batch is finite (`lost`), the step is not either.
 
         A step is also skipped once `max_nonfinite_steps` in a row were. Their count is on the
         device, so that the steps after the last one that was allowed change nothing even though
         nobody has read it yet.
         """
         losses = policy[ops.PPO_METRIC_NAMES.index("policy_loss")] + value_loss
-        bad = ~torch.stack([losses, *norms]).isfinite().all()
+        bad = ~torch.stack([losses, *norms]).isfinite().all() | lost
         before = self._skipped_before()
         stopped = before >= self.config.max_nonfinite_steps
         skipped = torch.where(stopped, before, (before + 1) * bad)
@@ -406,9 +414,10 @@ class PPOStep:
         if max(skipped) >= limit:
             index = next(i for i, count in enumerate(skipped) if count >= limit)
             raise NonFiniteError(
-                f"{limit} optimiser steps in a row had a loss or a gradient that is not finite "
-                f"(max_nonfinite_steps = {limit}); they changed no parameter. Lower "
-                "learning_rate, or set precision = 'fp32'",
+                f"{limit} optimiser steps in a row had a loss or a gradient that is not finite, or "
+                f"nothing but samples that are not (max_nonfinite_steps = {limit}); they changed "
+                "no parameter. Lower learning_rate, set precision = 'fp32', or look for NaN in "
+                "the model's weights",
                 UpdateProgress(*divmod(index, num_minibatches), progress.steps[:index]),
                 progress.steps[index],
             )

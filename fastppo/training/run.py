@@ -43,6 +43,7 @@ from fastppo.training.metrics import (
     strict,
     to_json,
 )
+from fastppo.training.finite import check_finite, check_learned
 from fastppo.training.resume import archive, open_run, plain_config, versions
 from fastppo.training.trainer import Row, Sample, State, Trainer
 
@@ -204,6 +205,9 @@ class Run:
             self.save_checkpoint(trainer, score=score if math.isfinite(score) else None)
 
     def _finish(self, trainer: Trainer) -> dict[str, Any]:
+        tensors, _ = trainer.state()
+        check_learned(tensors.get("optimizer", {}), self.iterations)
+        _check_finite(tensors, "model")
         after = trainer.evaluate()
         folder = self.run_dir / "model"
         if folder.exists():  # of the same run, before it was continued
@@ -243,10 +247,12 @@ class Run:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: the previous checkpoint could not be saved, or with `extra` this one.
+            CheckpointError: the previous checkpoint could not be saved, or with `extra` this one;
+                the weights are not finite.
         """
         name = f"iteration-{self.iterations:06d}{trainer.place}"
         tensors, state = self._state(trainer)
+        _check_finite(tensors, f"checkpoint {name}")
         self.metrics.sync()
         self.store.save(name, tensors, state, score=score, extra=extra, wait=extra)
         return self.store.folder / name
@@ -324,3 +330,10 @@ class Run:
             f"{error}. The step is kept in {kept}; back to {checkpoint.path.name} "
             f"({rollbacks} of {MAX_ROLLBACKS})"
         )
+
+
+def _check_finite(tensors: dict[str, dict[str, Tensor]], what: str) -> None:
+    """`check_finite` of weights and optimisers; the batch under way may hold anything."""
+    for group, named in tensors.items():
+        if group != "iteration":
+            check_finite(named, what)
