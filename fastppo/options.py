@@ -100,12 +100,12 @@ class Options(metaclass=_Named):
             )
         limits = said.get("limits")
         for part in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(part, float) and 0 < abs(part) < math.inf:
-                if not FLOAT32[0] <= abs(part) <= FLOAT32[1]:
-                    raise ValueError(
-                        f"{name}: expected 0 or a number from {FLOAT32[0]:.3g} to "
-                        f"{FLOAT32[1]:.3g} in size, as float32 has them, got {part!r}"
-                    )
+            number = isinstance(part, float) and 0 < abs(part) < math.inf
+            if number and not FLOAT32[0] <= abs(part) <= FLOAT32[1]:
+                raise ValueError(
+                    f"{name}: expected 0 or a number from {FLOAT32[0]:.3g} to "
+                    f"{FLOAT32[1]:.3g} in size, as float32 has them, got {part!r}"
+                )
             if isinstance(part, int) and abs(part) > INT64:
                 raise ValueError(f"{name}: expected at most {INT64} in size, got {part!r}")
             if part is not None and limits and not within(part, limits):

@@ -51,6 +51,7 @@ def train(argv: Sequence[str]) -> int:
     from fastppo.checkpoint import CheckpointError, RunInUseError
     from fastppo.cli.dry_run import dry_run
     from fastppo.ppo.build import build_trainer
+    from fastppo.training.memory import is_out_of_memory
 
     quiet()
     try:
@@ -62,9 +63,12 @@ def train(argv: Sequence[str]) -> int:
         )
     except (ValueError, TypeError, ImportError, OSError, CheckpointError) as error:
         return refused("train", error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return refused("train", error if str(error) else "out of memory")
     from fastppo.training.errors import NonFiniteError, StopRunError
     from fastppo.training.interrupts import Interrupted
-    from fastppo.training.memory import is_out_of_memory
 
     try:
         trainer.train()
@@ -73,6 +77,8 @@ def train(argv: Sequence[str]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        if str(error).startswith("out of memory while"):
+            return refused("train", error)
         return refused(
             "train",
             f"out of memory, with the smallest pass that was possible: {error}. Shorten "

@@ -44,7 +44,7 @@ from fastppo.ppo.update_metrics import StepStats
 from fastppo.training import interrupts
 from fastppo.training.device import resolve_device, resolve_precision
 from fastppo.training.errors import NonFiniteError
-from fastppo.training.memory import free_memory, is_out_of_memory, retried
+from fastppo.training.memory import free_memory, is_out_of_memory, named, retried
 from fastppo.training.optim import apply_step, check_shapes, grad_norm, make_adamw
 from fastppo.training.seeding import generator
 
@@ -81,19 +81,25 @@ class PPOStep:
         self.config = config
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
-        self.policy = Policy(
-            model,
-            critic=config.critic_kind,
-            value_model=value_model,
-            reference=_reference(config, model),
-            ref_model=ref_model,
-            train_layers=config.train_layers,
-            precision=self.precision,
-            gradient_checkpointing=config.gradient_checkpointing,
-        ).to(self.device)
-        self.actor_optimizer = make_adamw(self.policy.actor_parameters(), config)
-        critic = self.policy.critic_parameters()
-        self.critic_optimizer = make_adamw(critic, config) if critic else None
+        lower = "Set train_layers or lora_rank, precision = 'bf16', or take a smaller model"
+        copies = "the reference" if config.critic_kind != "separate" else "reference and critic"
+        with named(f"making {copies}", f"Set kl_coef = 0 or critic = 'shared'. {lower}"):
+            policy = Policy(
+                model,
+                critic=config.critic_kind,
+                value_model=value_model,
+                reference=_reference(config, model),
+                ref_model=ref_model,
+                train_layers=config.train_layers,
+                precision=self.precision,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+        with named(f"moving the models to {self.device}", lower):
+            self.policy = policy.to(self.device)
+        with named("making AdamW's state, of three values for each weight that trains", lower):
+            self.actor_optimizer = make_adamw(self.policy.actor_parameters(), config)
+            critic = self.policy.critic_parameters()
+            self.critic_optimizer = make_adamw(critic, config) if critic else None
         self.iteration = 0
         """Updates done so far; schedules and minibatch orders follow it."""
         self.kl_coef = config.kl_coef

@@ -34,6 +34,8 @@ from fastppo.reporting.report import write_curve_png, write_report
 from fastppo.training import interrupts
 from fastppo.training.config import RunConfig
 from fastppo.training.errors import ForeignStateError, NonFiniteError, StopRunError
+from fastppo.training.finite import check_finite, check_learned
+from fastppo.training.memory import named
 from fastppo.training.metrics import (
     MetricsWriter,
     PhaseTimer,
@@ -43,7 +45,6 @@ from fastppo.training.metrics import (
     strict,
     to_json,
 )
-from fastppo.training.finite import check_finite, check_learned
 from fastppo.training.resume import archive, open_run, plain_config, versions
 from fastppo.training.trainer import Row, Sample, State, Trainer
 
@@ -254,7 +255,9 @@ class Run:
         tensors, state = self._state(trainer)
         _check_finite(tensors, f"checkpoint {name}")
         self.metrics.sync()
-        self.store.save(name, tensors, state, score=score, extra=extra, wait=extra)
+        remedy = "Set train_layers or lora_rank, or save_interval = 0"
+        with named("copying the weights for a checkpoint", remedy):
+            self.store.save(name, tensors, state, score=score, extra=extra, wait=extra)
         return self.store.folder / name
 
     def _state(self, trainer: Trainer, of_trainer: State | None = None) -> State:
@@ -334,6 +337,6 @@ class Run:
 
 def _check_finite(tensors: dict[str, dict[str, Tensor]], what: str) -> None:
     """`check_finite` of weights and optimisers; the batch under way may hold anything."""
-    for group, named in tensors.items():
+    for group, by_name in tensors.items():
         if group != "iteration":
-            check_finite(named, what)
+            check_finite(by_name, what)
