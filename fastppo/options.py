@@ -1,7 +1,8 @@
 """Options: fields of a configuration that know their range and when they have an effect.
 
 A configuration is a frozen dataclass that inherits from `Options`, which checks each of its fields
-by its type and by what `option` says beside it. Limits are written as they are read: "≥ 1" or
+by its type and by what `option` says beside it. A number must be one that a run can compute with: 0
+or a normal float32, an int64. Limits are written as they are read: "≥ 1" or
 "> 0", which a number must be finite for, an interval such as "(0, 1]", or '= "gae"' and "≠ None". A
 condition is the name of a field and limits: "kl_coef > 0".
 """
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import reprlib
 import sys
@@ -23,6 +25,10 @@ from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)
+"""The smallest normal float32 and the largest: smaller ones act as 0, larger ones as infinity."""
+INT64 = 2**63 - 1
 
 KINDS: dict[Any, tuple[Any, str]] = {
     bool: (bool, "True or False"),
@@ -94,6 +100,14 @@ class Options(metaclass=_Named):
             )
         limits = said.get("limits")
         for part in value if isinstance(value, (tuple, list)) else (value,):
+            number = isinstance(part, float) and 0 < abs(part) < math.inf
+            if number and not FLOAT32[0] <= abs(part) <= FLOAT32[1]:
+                raise ValueError(
+                    f"{name}: expected 0 or a number from {FLOAT32[0]:.3g} to "
+                    f"{FLOAT32[1]:.3g} in size, as float32 has them, got {part!r}"
+                )
+            if isinstance(part, int) and abs(part) > INT64:
+                raise ValueError(f"{name}: expected at most {INT64} in size, got {part!r}")
             if part is not None and limits and not within(part, limits):
                 noun = "an integer" if str(field.type).startswith("int") else "a finite number"
                 where = f"a number in {limits}" if limits[0] in "[(" else f"{noun} {limits}"

@@ -72,6 +72,25 @@ def test_limits_admit_the_default_and_refuse_what_is_outside(name: str) -> None:
             TrainConfig(**{**MINIMAL, name: value})
 
 
+NUMERIC = {n for n in LIMITED if "int" in str(FIELDS[n].type) or "float" in str(FIELDS[n].type)}
+
+
+@pytest.mark.parametrize("name", sorted(NUMERIC))
+def test_a_number_that_the_run_cannot_compute_with_is_refused(name: str) -> None:
+    """1e-50 is 0 in float32, 1e39 infinity; an integer beyond int64 fits no tensor."""
+    kind = str(FIELDS[name].type)
+    for value in (1e-50, 1e39, -1e39) if "float" in kind else (2**63, 10**30):
+        given = (value, value) if kind.startswith("tuple") else value
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
+            TrainConfig(**{**MINIMAL, name: given})
+
+
+def test_what_would_divide_by_nothing_or_leave_no_token_is_refused() -> None:
+    for name, value in (("adam_eps", 0.0), ("min_p", 1.0), ("missing_eos_score", math.inf)):
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
+            TrainConfig(**{**MINIMAL, name: value})
+
+
 @pytest.mark.parametrize("name", choices(TrainConfig))
 def test_an_unknown_word_is_refused(name: str) -> None:
     value = ("nonsense",) if str(FIELDS[name].type).startswith("tuple") else "nonsense"

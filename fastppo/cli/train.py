@@ -50,6 +50,7 @@ def train(argv: Sequence[str]) -> int:
     from fastppo.checkpoint import CheckpointError, RunInUseError
     from fastppo.cli.dry_run import dry_run
     from fastppo.ppo.build import build_trainer
+    from fastppo.training.memory import is_out_of_memory
 
     quiet()
     try:
@@ -61,9 +62,12 @@ def train(argv: Sequence[str]) -> int:
         )
     except (ValueError, TypeError, ImportError, OSError, CheckpointError) as error:
         return refused("train", error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return refused("train", error if str(error) else "out of memory")
     from fastppo.training.errors import NonFiniteError, StartError, StopRunError
     from fastppo.training.interrupts import Interrupted
-    from fastppo.training.memory import is_out_of_memory
 
     try:
         trainer.train()
@@ -83,6 +87,8 @@ def train(argv: Sequence[str]) -> int:
     except Exception as error:
         if not is_out_of_memory(error):
             return crashed("train", error, trainer.run_dir)
+        if str(error).startswith("out of memory while"):
+            return refused("train", error)
         return refused(
             "train",
             f"out of memory, with the smallest pass that was possible: {error}. Shorten "

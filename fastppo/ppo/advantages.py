@@ -56,7 +56,8 @@ def add_advantages(
     score = score.to(batch.device)
     sequence = sequence_ids(batch)
     batch, finite = _finite(batch, sequence)
-    scored = finite & score.isfinite()
+    score_given = score.isfinite()
+    scored = finite & score_given
     score = _shaped(score.nan_to_num(0.0, 0.0, 0.0), batch.truncated, config)
     mask = scored[sequence]
     if batch.loss_mask is not None:
@@ -70,8 +71,9 @@ def add_advantages(
     ends = _last_valid(mask, sequence, batch.num_sequences)
     rewards = torch.where(ends, rewards + score[sequence], rewards)
     batch = batch.replace(loss_mask=mask, rewards=rewards)
+    lost = (score_given & ~finite).any() & ~mask.any()
     if config.advantage == "gae":
-        return _gae(batch, config)
+        return _marked(_gae(batch, config), lost)
     if group_ids is None and config.advantage != "reinforce":
         raise ValueError(
             f"group_ids: expected (B,) integers with advantage = {config.advantage!r}, got None"
@@ -80,7 +82,14 @@ def add_advantages(
     groups = _per_sequence("group_ids", ids, batch)
     total = torch.where(scored, total, math.nan)
     per_sequence = ops.group_advantages(total, groups.to(batch.device), kind=config.advantage)
-    return batch.replace(advantages=torch.where(mask, per_sequence[sequence], 0.0))
+    return _marked(batch.replace(advantages=torch.where(mask, per_sequence[sequence], 0.0)), lost)
+
+
+def _marked(batch: PackedBatch, lost: Tensor) -> PackedBatch:
+    """The batch, with advantages of NaN where it is `lost` (): the update counts its steps as not
+    finite."""
+    advantages = need(batch, "advantages", "step.advantages")
+    return batch.replace(advantages=torch.where(lost, math.nan, advantages))
 
 
 def _finite(batch: PackedBatch, sequence: Tensor) -> tuple[PackedBatch, Tensor]:

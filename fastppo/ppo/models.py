@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastppo.models.config import NamedModelConfig
 from fastppo.models.loading import load_config, load_model, load_value_model, with_adapter
 from fastppo.ppo.config import TrainConfig
+from fastppo.training.memory import named
 from fastppo.training.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -32,13 +33,14 @@ def load_models(
     Raises:
         ValueError: see `load_model` and `load_value_model`.
     """
-    loaded = load_model(model) if isinstance(model, str) else model
-    if peft_config is not None:
-        loaded = with_adapter(loaded, peft_config, derive_seed(seed, 0, "adapter"))
-    if isinstance(ref_model, (str, Path)):
-        ref_model = load_model(str(ref_model), "ref_model")
-    if isinstance(value_model, (str, Path)):
-        value_model = load_value_model(str(value_model))
+    with named("loading the models", "Take smaller ones, or a machine with more memory"):
+        loaded = load_model(model) if isinstance(model, str) else model
+        if peft_config is not None:
+            loaded = with_adapter(loaded, peft_config, derive_seed(seed, 0, "adapter"))
+        if isinstance(ref_model, (str, Path)):
+            ref_model = load_model(str(ref_model), "ref_model")
+        if isinstance(value_model, (str, Path)):
+            value_model = load_value_model(str(value_model))
     return loaded, {"ref_model": ref_model, "value_model": value_model}
 
 

@@ -13,26 +13,27 @@ from fastppo.rollout.engine import Rollouts
 from fastppo.training.metrics import mean
 
 UNSCORED_ITERATIONS = 10
-"""So many in a row without a single score end a run: nothing is learned from them."""
+"""So many at the start without a single score end a run: nothing is learned from them."""
 
 
-def check_scored(scored: RewardBatch, rewards: Sequence[float]) -> None:
-    """Refuse to go on where nothing has been scored for long; one such batch is only skipped.
+def check_scored(scored: RewardBatch, rewards: Sequence[float], unscored: int) -> None:
+    """Refuse to go on where nothing has ever been scored; a batch of None is else only skipped.
 
     Args:
         scored: of the iteration under way.
         rewards: mean score of each iteration before it, NaN where nothing was scored.
+        unscored: iterations in a row, up to this one and in this process, without a score; a run
+            that is resumed after all gets as many again.
 
     Raises:
-        RewardError: no function could score any sample of the last `UNSCORED_ITERATIONS`.
+        RewardError: no function could score any sample so far, in `UNSCORED_ITERATIONS`.
     """
-    before = list(rewards[max(0, len(rewards) + 1 - UNSCORED_ITERATIONS) :])
-    unscored = np.isnan(scored.scores).all() and np.isnan(before).all()
-    if unscored and len(before) == UNSCORED_ITERATIONS - 1:
+    if unscored >= UNSCORED_ITERATIONS and np.isnan(rewards).all():
         names = ", ".join(map(repr, scored.per_function))
         raise RewardError(
-            f"reward function {names}: expected a score for at least one sample of the last "
-            f"{UNSCORED_ITERATIONS} iterations, got None for all",
+            f"reward function {names}: expected a score for at least one sample of the first "
+            f"{UNSCORED_ITERATIONS} iterations, got None for all. Mend the function; where None "
+            "is right for them, --resume goes on",
             function=names,
         )
 

@@ -45,7 +45,7 @@ from fastppo.ppo.update_metrics import StepStats
 from fastppo.training import interrupts
 from fastppo.training.device import resolve_device, resolve_precision
 from fastppo.training.errors import NonFiniteError
-from fastppo.training.memory import free_memory, is_out_of_memory, retried
+from fastppo.training.memory import free_memory, is_out_of_memory, named, retried
 from fastppo.training.optim import apply_step, check_shapes, grad_norm, make_adamw
 from fastppo.training.seeding import generator
 
@@ -87,20 +87,26 @@ class PPOStep:
         self.config = config
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
+        lower = "Set train_layers or lora_rank, precision = 'bf16', or take a smaller model"
+        copies = "the reference" if config.critic_kind != "separate" else "reference and critic"
         unmeasured = config.reference == "auto" and config.kl_coef == 0
-        self.policy = Policy(
-            model,
-            critic=config.critic_kind,
-            value_model=value_model,
-            reference="none" if unmeasured else config.reference,
-            ref_model=ref_model,
-            train_layers=config.train_layers,
-            precision=self.precision,
-            gradient_checkpointing=config.gradient_checkpointing,
-        ).to(self.device)
-        self.actor_optimizer = make_adamw(self.policy.actor_parameters(), config)
-        critic = self.policy.critic_parameters()
-        self.critic_optimizer = make_adamw(critic, config) if critic else None
+        with named(f"making {copies}", f"Set kl_coef = 0 or critic = 'shared'. {lower}"):
+            policy = Policy(
+                model,
+                critic=config.critic_kind,
+                value_model=value_model,
+                reference="none" if unmeasured else config.reference,
+                ref_model=ref_model,
+                train_layers=config.train_layers,
+                precision=self.precision,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+        with named(f"moving the models to {self.device}", lower):
+            self.policy = policy.to(self.device)
+        with named("making AdamW's state, of three values for each weight that trains", lower):
+            self.actor_optimizer = make_adamw(self.policy.actor_parameters(), config)
+            critic = self.policy.critic_parameters()
+            self.critic_optimizer = make_adamw(critic, config) if critic else None
         self.iteration = 0
         """Updates done so far; schedules and minibatch orders follow it."""
         self.kl_coef = config.kl_coef
@@ -304,20 +310,28 @@ class PPOStep:
         """One optimiser step of actor and critic, or of neither."""
         policy, value_loss, norms = self._within_memory(batch, lambda: self.gradients(batch))
         with record_function("fastppo::optimiser"):
-            return self._apply(policy, value_loss, norms, not batch.valid_lengths.any())
+            empty = not batch.valid_lengths.any()
+            lost = need(batch, "advantages", "step.advantages").isnan().any() if empty else empty
+            return self._apply(policy, value_loss, norms, empty, lost)
 
     @retried
     def _apply(
-        self, policy: Tensor, value_loss: Tensor, norms: list[Tensor], empty: bool
+        self,
+        policy: Tensor,
+        value_loss: Tensor,
+        norms: list[Tensor],
+        empty: bool,
+        lost: Tensor | bool,
     ) -> StepStats:
-        """Step with the gradients, unless something is not finite or no token counts (`empty`).
+        """Step with the gradients, unless something is not finite or no token counts (`empty`);
+        where that is because no sample of the batch is finite (`lost`), the step is not either.
 
         A step is also skipped once `max_nonfinite_steps` in a row were. Their count is on the
         device, so that the steps after the last one that was allowed change nothing even though
         nobody has read it yet.
         """
         losses = policy[ops.PPO_METRIC_NAMES.index("policy_loss")] + value_loss
-        bad = ~torch.stack([losses, *norms]).isfinite().all()
+        bad = ~torch.stack([losses, *norms]).isfinite().all() | lost
         before = self._skipped_before()
         stopped = before >= self.config.max_nonfinite_steps
         skipped = torch.where(stopped, before, (before + 1) * bad)
@@ -414,9 +428,10 @@ class PPOStep:
         if max(skipped) >= limit:
             index = next(i for i, count in enumerate(skipped) if count >= limit)
             raise NonFiniteError(
-                f"{limit} optimiser steps in a row had a loss or a gradient that is not finite "
-                f"(max_nonfinite_steps = {limit}); they changed no parameter. Lower "
-                "learning_rate, or set precision = 'fp32'",
+                f"{limit} optimiser steps in a row had a loss or a gradient that is not finite, or "
+                f"nothing but samples that are not (max_nonfinite_steps = {limit}); they changed "
+                "no parameter. Lower learning_rate, set precision = 'fp32', or look for NaN in "
+                "the model's weights",
                 UpdateProgress(*divmod(index, num_minibatches), progress.steps[:index]),
                 progress.steps[index],
             )

@@ -152,6 +152,8 @@ class PPOTrainer:
         self.token_budget_shown = self.step.token_budget
         self.current = Iteration()
         """What the iteration under way has so far."""
+        self.unscored = 0
+        """Iterations in a row, of this process, in which nothing was scored."""
         self._frozen = ""
         self._allowed = tuple(allow_changes)
 
@@ -212,7 +214,9 @@ class PPOTrainer:
             if now.scored is None:
                 with self._all_or_nothing():
                     scored = self._score(drawn, now.rollouts, completions)
-                    check_scored(scored, self.run.rewards)
+                    none = np.isnan(scored.scores).all()
+                    self.unscored = self.unscored + 1 if none else 0
+                    check_scored(scored, self.run.rewards, self.unscored)
                 now.scored = scored
         if now.batch is None:
             with timer("pack"):
@@ -299,7 +303,7 @@ class PPOTrainer:
     # What a run asks for
 
     def notices(self, row: Row) -> Iterator[Notice]:
-        """Lost samples, lack of memory, and a policy that runs away."""
+        """Lost samples, lack of memory, a policy that runs away, nothing to learn from."""
         failures = self.current.scored.failures if self.current.scored else ()
         for failure in failures[:3]:
             yield Notice(str(failure))
@@ -308,7 +312,8 @@ class PPOTrainer:
         if self.step.token_budget < self.token_budget_shown:
             self.token_budget_shown = self.step.token_budget
             yield Notice(f"out of memory: token_budget is {self.token_budget_shown} from now on")
-        yield from self.alarms.check(row)
+        scores = None if self.current.scored is None else self.current.scored.scores
+        yield from self.alarms.check(row, scores)
 
     def next_iteration(self) -> None:
         """Forget the iteration that is done."""
@@ -337,6 +342,7 @@ class PPOTrainer:
             "eos_token_ids": list(self.eos_token_ids),
             "reward_failures": self.rewards.state_dict(),
             "alarms": self.alarms.raised,
+            "alarm_streaks": self.alarms.streaks,
         }
 
     def failed_step(self, error: NonFiniteError) -> State:
@@ -373,6 +379,7 @@ class PPOTrainer:
             self.engine.max_rows = state["max_rows"]  # type: ignore[attr-defined]  # had it
         self.rewards.load_state_dict(state["reward_failures"])
         self.alarms.raised = list(state["alarms"])
+        self.alarms.streaks = dict(state.get("alarm_streaks", {}))  # older ones have none
 
     def summary(self) -> dict[str, Any]:
         """What was trained, and where."""

@@ -77,7 +77,7 @@ def load_reward_func(spec: str) -> Callable[..., Any]:
     else:
         try:
             module = importlib.import_module(place)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(
                 f"reward {spec!r}: importing module {place!r} failed: {type(error).__name__}: "
                 f"{error}; for a function in a file of yours write 'file.py:function'"
@@ -118,7 +118,7 @@ def _load_file(spec: str, file: Path) -> ModuleType:
     sys.modules[module_name] = module  # dataclasses and pickle look their module up there
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise ValueError(
             f"reward {spec!r}: running {file.absolute()} failed: {type(error).__name__}: {error}"

@@ -23,7 +23,7 @@ class RolloutConfig(Options):
     """Nucleus sampling; below 1 the sampling distribution changes and needs `is_correction`."""
     top_k: int = option(0, "≥ 0")
     """Sample among the k most likely tokens; 0 is off, anything else needs `is_correction`."""
-    min_p: float = option(0.0, "[0, 1]")
+    min_p: float = option(0.0, "[0, 1)")
     """Drop tokens below this share of the top probability; 0 is off, else needs `is_correction`."""
 
     @property

@@ -36,6 +36,8 @@ from fastppo.reporting.report import write_curve_png, write_report
 from fastppo.training import interrupts
 from fastppo.training.config import RunConfig
 from fastppo.training.errors import ForeignStateError, NonFiniteError, StopRunError
+from fastppo.training.finite import check_finite, check_learned
+from fastppo.training.memory import named
 from fastppo.training.metrics import (
     MetricsWriter,
     PhaseTimer,
@@ -214,6 +216,9 @@ class Run:
             self.save_checkpoint(trainer, score=score if math.isfinite(score) else None)
 
     def _finish(self, trainer: Trainer) -> dict[str, Any]:
+        tensors, _ = trainer.state()
+        check_learned(tensors.get("optimizer", {}), self.iterations)
+        _check_finite(tensors, "model")
         after = trainer.evaluate()
         check_in_place(self.run_dir, self._lock)
         folder = self.run_dir / "model"
@@ -254,13 +259,17 @@ class Run:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: the previous checkpoint could not be saved, or with `extra` this one.
+            CheckpointError: the previous checkpoint could not be saved, or with `extra` this one;
+                the weights are not finite.
         """
         name = f"iteration-{self.iterations:06d}{trainer.place}"
         check_in_place(self.run_dir, self._lock)
         tensors, state = self._state(trainer)
+        _check_finite(tensors, f"checkpoint {name}")
         self.metrics.sync()
-        self.store.save(name, tensors, state, score=score, extra=extra, wait=extra)
+        remedy = "Set train_layers or lora_rank, or save_interval = 0"
+        with named("copying the weights for a checkpoint", remedy):
+            self.store.save(name, tensors, state, score=score, extra=extra, wait=extra)
         return self.store.folder / name
 
     def _state(self, trainer: Trainer, of_trainer: State | None = None) -> State:
@@ -338,3 +347,10 @@ class Run:
             f"{error}. The step is kept in {kept}; back to {checkpoint.path.name} "
             f"({rollbacks} of {MAX_ROLLBACKS})"
         )
+
+
+def _check_finite(tensors: dict[str, dict[str, Tensor]], what: str) -> None:
+    """`check_finite` of weights and optimisers; the batch under way may hold anything."""
+    for group, by_name in tensors.items():
+        if group != "iteration":
+            check_finite(by_name, what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from fastppo import PackedBatch, PPOTrainer
 from fastppo.models.tiny import WORDS, word_tokenizer
@@ -271,3 +272,38 @@ def test_a_process_with_little_memory_gets_through(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     budget, rows = done.stdout.splitlines()[-1].removeprefix("found ").split()
     assert int(budget) in (512, 1024, 2048) and int(rows) in (1, 2, 4, 8)
+
+
+LIMITED = """
+import resource, sys
+from fastppo.cli.main import main
+import fastppo.ppo.build, fastppo.cli.dry_run, transformers.models.llama.modeling_llama
+room = int(float(sys.argv.pop(1)) * 2**20)
+mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + room, mapped + room))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no limit of address space")
+@pytest.mark.parametrize("room", [100, 400])
+def test_a_real_limit_while_a_run_is_built_is_one_line(room: int, tmp_path: Path) -> None:
+    """A model of 128 MB with its reference, gradients and moments, in less than it needs."""
+    shape: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 128}
+    config = LlamaConfig(**shape, vocab_size=len(WORDS), num_hidden_layers=2, num_attention_heads=8)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1 2 >"}\n')
+    (tmp_path / "r.py").write_text("def f(completions): return [1.0] * len(completions)\n")
+    options = ("--model", "model", "--dataset", "d.jsonl", "--reward", "r.py:f", "--device", "cpu")
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(room), "train", *options, "--output-dir", "run"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("fastppo train: out of memory while "), line

@@ -21,6 +21,7 @@ from fastppo.models.tiny import WORDS, tiny_model, word_tokenizer
 from fastppo.ppo.inputs import end_tokens
 from fastppo.rewards import RewardError, RewardModel
 from fastppo.rollout.engine import Rollouts, Sampling
+from fastppo.training.errors import StopRunError
 
 ROWS = [{"prompt": f"{a} {b} >", "answer": str(max(a, b))} for a in range(10) for b in range(a)]
 CHAT_TEMPLATE = (
@@ -45,7 +46,13 @@ def config(output_dir: Path | str, **options: Any) -> PPOConfig:
 
 
 def train(
-    folder: Path, rewards: Any, data: Any = ROWS, *, weights: Any = None, **options: Any
+    folder: Path,
+    rewards: Any,
+    data: Any = ROWS,
+    *,
+    weights: Any = None,
+    resume: bool = False,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """The metrics of a run below `folder`."""
     PPOTrainer(
@@ -55,6 +62,7 @@ def train(
         config(folder / "run", **options),
         processing_class=word_tokenizer(),
         reward_weights=weights,
+        resume_from_checkpoint=resume,
     ).train()
     return read_lines(folder / "run" / "metrics.jsonl")
 
@@ -130,16 +138,43 @@ def test_an_iteration_without_any_score_changes_nothing_and_the_run_goes_on(
     assert [row["entropy"] is None for row in rows] == [True, False, True, False]
 
 
-def test_ten_iterations_without_any_score_end_the_run_with_a_reason(tmp_path: Path) -> None:
+def test_ten_iterations_without_any_score_are_passed_over_and_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls: list[int] = []
 
     def once(prompts: list[str], **_: Any) -> list[float | None]:
         calls.append(len(prompts))
-        return [1.0 if len(calls) == 2 else None] * len(prompts)
+        return [float(i) if len(calls) == 2 else None for i in range(len(prompts))]
 
-    with pytest.raises(RewardError, match="'once'.*last 10 iterations"):
-        train(tmp_path, once, num_iterations=20, reward_workers=0)
-    assert len(calls) == 12
+    rows = train(tmp_path, once, num_iterations=14, reward_workers=0)
+    assert [row["unscored"] for row in rows] == [1, 0] + [1] * 12
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("no sample was scored in the last 10 iterations") == 1
+
+
+def test_a_function_that_never_scores_ends_the_run_which_can_go_on(tmp_path: Path) -> None:
+    """Rows without a score may come first: a continuation gets ten more iterations."""
+    calls: list[int] = []
+
+    def late(prompts: list[str], **_: Any) -> list[float | None]:
+        calls.append(len(prompts))
+        return [float(i) if len(calls) > 12 else None for i in range(len(prompts))]
+
+    with pytest.raises(RewardError, match="'late'.*first 10 iterations.*--resume goes on"):
+        train(tmp_path, late, num_iterations=14, reward_workers=0)
+    assert len(calls) == 10
+    rows = train(tmp_path, late, num_iterations=14, reward_workers=0, resume=True)
+    assert [row["unscored"] for row in rows] == [1] * 11 + [0] * 3
+
+
+def test_a_run_without_one_optimiser_step_is_not_finished(tmp_path: Path) -> None:
+    def nothing(prompts: list[str], **_: Any) -> list[None]:
+        return [None] * len(prompts)
+
+    with pytest.raises(StopRunError, match="nothing was learned: .* in 3 iterations, got none"):
+        train(tmp_path, nothing, num_iterations=3, reward_workers=0)
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_before_training(tmp_path: Path) -> None:

@@ -402,7 +402,8 @@ def test_every_entry_of_a_checkpoint_is_tried(stopped: dict[str, Path]) -> None:
     tried = {piece for _, piece in PIECES}
     known = {"run", "step", "iteration", "reward_failures", "config", "versions"}
     known |= {"eos_token_ids"}  # its absence says something: test_trainer_inputs.py
-    assert saved.state.keys() == known | (tried & saved.state.keys()) | {"max_rows", "alarms"}
+    alarms = {"max_rows", "alarms", "alarm_streaks"}  # test_alarms.py
+    assert saved.state.keys() == known | (tried & saved.state.keys()) | alarms
     assert saved.state["run"].keys() == RUN.keys() | {"seconds"}  # tried below
     assert saved.state["step"].keys() == STEP.keys() | {"nonfinite_in_a_row"}  # tried below
     assert saved.state["reward_failures"].keys() == {"batches", "token_budgets"}  # test_rewards.py
@@ -573,6 +574,7 @@ SAVED = {
     *("PPOStep.actor_optimizer", "PPOStep.critic_optimizer", "PPOStep.token_budget"),
     *("PPOStep.policy", "PPOTrainer.policy", "PackedEngine.model"),  # of one policy
     *("PackedEngine.max_rows", "FailureWindow._past", "Alarms.raised"),
+    "Alarms.streaks",
 }
 # made anew by every process, or by every update from what is saved
 NEED_NOT_BE = {
@@ -581,6 +583,7 @@ NEED_NOT_BE = {
     "Run.display": "shows rows of metrics.jsonl",
     "Run.started": "a time of this process; Run.seconds is saved",
     "PPOTrainer._frozen": "the digest of what a checkpoint leaves out",
+    "PPOTrainer.unscored": "how long this process has waited for a first score",
     "PPOTrainer.token_budget_shown": "what has been told to a person",
 }
 
