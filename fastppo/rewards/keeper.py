@@ -3,10 +3,11 @@
     trainer ── keeper ── worker ── whatever the function starts
 
 Whatever a function starts, in a session of its own or twice forked, stays a descendant of its
-keeper, which adopts what is orphaned below it. When the worker ends, when the trainer ends (however:
-its child has another parent then) or asks for it, the keeper kills all of them and ends the way
-the worker did. It also adds up their memory. It holds no descriptor, and no signal but SIGKILL and
-SIGSTOP reaches it. Where the system is not Linux, only the worker's process group is killed.
+keeper, which adopts what is orphaned below it. When the worker ends, when the trainer ends, however
+that may be (the keeper has another parent then), or asks for it, the keeper kills all of them and
+ends the way the worker did. It also adds up their memory. It holds no descriptor, and no signal but
+SIGKILL and SIGSTOP reaches it. Where the system is not Linux, only the worker's process group is
+killed.
 """
 
 from __future__ import annotations
