@@ -197,7 +197,7 @@ class Worker:
         how = _how_it_ended(self._process.pid)
         if self._note[OVER]:
             limit = f"memory_gb = {self._limits.memory_gb:g}"
-            message = f"and the processes that it started took more than {limit} together"
+            message = f"took more than {limit} together with the processes that it started"
             return self._killed("memory", message)
         crashed = self._killed("crash", how)
         if not taken and not self._fresh_start:  # it died before the call, by nobody's fault
