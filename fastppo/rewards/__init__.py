@@ -19,6 +19,7 @@ RewardError. What a function says about itself with `declare` decides how often 
     config                                     the options of a run
     batch                                      several functions together: `Rewards`
     calls → {inline, pool → worker → child}    here, or in a forked process
+    keeper, reply                              what ends with a worker; what it answers
     isolation                                  which rows to call a function on next
     functions                                  a function and what its signature asks for
     outcome, failures, limits                  what a call came to; what is accepted

@@ -1,42 +1,40 @@
 """The worker's side of a reward worker: a forked process that calls a function until it is killed.
 
-Requests and replies are frames on a socket: 8 bytes of length, then a pickle. A request holds the
-number of samples and the arguments by name, a reply an `Outcome` (checked here, so that only plain
-numbers and messages travel) and the text of a traceback.
+Requests and replies are frames on a socket: 8 bytes of length, then the rest. A request is a pickle
+of the number of samples and the arguments by name. A reply is an `Outcome` and the text of a
+traceback, as `reply.py` writes them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
+import fcntl
 import gc
 import inspect
+import io
 import os
 import pickle
 import resource
 import signal
 import socket
-import struct
 import sys
 import traceback
 from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
+from fastppo.rewards.keeper import blank_descriptors
 from fastppo.rewards.outcome import NO_ROW, Outcome, WatchedList, checked, failed, suspect_of
+from fastppo.rewards.reply import LENGTH, LONGEST_TRACEBACK, encoded
 from fastppo.training import interrupts
 
-LENGTH = struct.Struct("!Q")
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 READING, TAKEN = 0, 1  # slots of the shared note: element being read, number of requests taken
-
-_PR_SET_PDEATHSIG = 1
-_LONGEST_TRACEBACK = 8000  # characters
-
-# Looked up before any fork: afterwards a lock of the loader might be held by a thread that is gone.
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -45,48 +43,62 @@ class Setting:
 
     connection: socket.socket
     note: MutableSequence[int]  # int64, shared with the parent
-    parent: int  # process id
     memory_gb: float
-    close: tuple[socket.socket, ...]  # the parent's ends, which no other process may hold open
+
+
+class _Quiet(io.FileIO):
+    """A stream on which nothing that is written fails: a full disk, a pipe whose reader is gone."""
+
+    def write(self, data: Buffer) -> int:
+        with contextlib.suppress(OSError):
+            if written := super().write(data):
+                return written
+        return memoryview(data).nbytes
 
 
 def serve(call: Callable[..., Any], setting: Setting) -> None:
-    """Answers requests until the parent closes the connection or dies; never returns."""
-    _settle(setting)
-    loop, requests = asyncio.new_event_loop(), setting.connection.makefile("rb")
+    """Answers requests until the parent closes the connection; never returns."""
+    connection = _settle(setting)
+    loop, requests = asyncio.new_event_loop(), connection.makefile("rb")
     with contextlib.suppress(ConnectionError):
         while request := _receive(requests):
             setting.note[READING] = NO_ROW
             setting.note[TAKEN] += 1
-            reply = _reply(call, request, setting, loop)
-            setting.connection.sendall(LENGTH.pack(len(reply)) + reply)
+            connection.sendall(_reply(call, request, setting, loop))
     os._exit(0)
 
 
-def _settle(setting: Setting) -> None:
-    os.setpgid(0, 0)  # so that the parent can kill what a function starts together with it
+def _settle(setting: Setting) -> socket.socket:
+    """Make this process the function's own; its end of the connection."""
     interrupts.forget_in_child()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # print from the background of a terminal
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != setting.parent:  # it died before the line above
-        os._exit(0)
-    for other in setting.close:
-        other.close()
     gc.freeze()  # garbage of the parent, such as a file with a full buffer, is not ours to collect
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     _limit_memory(setting.memory_gb)
+    # Beyond 2, which a program that was started without standard streams uses for anything.
+    connection = socket.socket(fileno=fcntl.fcntl(setting.connection, fcntl.F_DUPFD_CLOEXEC, 3))
+    blank_descriptors((*_standard_streams(), connection.fileno()))
+    return connection
+
+
+def _standard_streams() -> tuple[int, ...]:
+    """Nothing to read, and the parent's places to print to; their descriptors."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  it lives as long as the process
     # The parent's streams may be a display whose locks are held by a thread that is gone; and lines
     # written before a crash should be seen.
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        parents = getattr(sys, f"__{name}__")
+        if parents is None or parents.closed:  # the number is that of some other file
+            os.dup2(null, descriptor)
         encoding = getattr(getattr(sys, name), "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError):
-            stream = open(  # noqa: SIM115  it lives as long as the process
-                descriptor, "w", 1, encoding, "backslashreplace", closefd=False
-            )
-            setattr(sys, name, stream)
+        raw = io.BufferedWriter(_Quiet(descriptor, "w", closefd=False))
+        stream = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
+        setattr(sys, name, stream)
+    return 0, 1, 2
 
 
 def _limit_memory(gib: float) -> None:
@@ -129,7 +141,7 @@ def _reply(
     except BaseException as error:  # sys.exit() too: only the parent ends this process
         outcome = failed(error, suspect_of(setting.note))
         text = _traceback(error)
-    return pickle.dumps((_explained(outcome, setting.memory_gb), text))
+    return encoded(_explained(outcome, setting.memory_gb), text)
 
 
 def _explained(outcome: Outcome, memory_gb: float) -> Outcome:
@@ -137,7 +149,7 @@ def _explained(outcome: Outcome, memory_gb: float) -> Outcome:
     if failure is not None and failure.kind == "memory":
         message = f"{failure.message} (its limit is memory_gb = {memory_gb:g})"
         failure = replace(failure, message=message)
-    return replace(outcome, failure=failure, cause=None)
+    return replace(outcome, failure=failure)
 
 
 def _traceback(error: BaseException) -> str:
@@ -146,4 +158,4 @@ def _traceback(error: BaseException) -> str:
         text = "".join(traceback.format_exception(type(error), error, below))
     except Exception:  # a broken __str__
         return ""
-    return text[-_LONGEST_TRACEBACK:]
+    return text[-LONGEST_TRACEBACK:]

@@ -31,7 +31,8 @@ class RewardLimits(Options):
     timeout: float = option(60.0, "> 0")
     """Seconds a call may take before its worker is killed."""
     memory_gb: float = option(4.0, "> 0")
-    """GiB that a worker may map beyond what this process has mapped when the worker starts."""
+    """GiB that a worker may map beyond what this process has mapped when the worker starts, and
+    that it and all that it starts may take together."""
     max_failure_rate: float = option(0.0, "[0, 1]")
     """Share of samples, over the last 10 batches, that may be lost before the run stops. 0 stops
     at the first one."""

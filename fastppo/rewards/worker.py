@@ -1,8 +1,9 @@
-"""The parent's side of a reward worker: one forked process, its calls, its limits and its end."""
+"""The parent's side of a reward worker: a forked process and its keeper, its calls and its end."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import multiprocessing
 import os
@@ -12,20 +13,19 @@ import signal
 import socket
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fastppo.rewards.child import LENGTH, READING, TAKEN, Setting, serve
+from fastppo.rewards.child import READING, TAKEN, Setting, serve
 from fastppo.rewards.failures import FailureKind
+from fastppo.rewards.keeper import OVER, dismiss, how_ended, keep
 from fastppo.rewards.limits import RewardLimits
 from fastppo.rewards.outcome import NO_ROW, Outcome, Problem, suspect_of
+from fastppo.rewards.reply import LENGTH, decoded, longest
 from fastppo.training import interrupts
 
 _LAST_BREATH = 1.0  # seconds for the exit status of a worker that closed its connection
 _CHUNK = 1 << 16  # bytes
-
-_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # parent's ends of all workers
 
 
 class WorkerError(Exception):
@@ -47,10 +47,11 @@ class Worker:
         self._call = call
         self._name = name
         self._limits = limits
-        self._process: Any = None  # its class depends on the platform
+        self._process: Any = None  # the keeper; its class depends on the platform
         self._socket: socket.socket | None = None
         self._memory: mmap.mmap | None = None
         self._note: Any = None  # int64 view of _memory
+        self._count = 0  # samples of the call
         self._request = b""
         self._sent = 0  # bytes of the request
         self._reply = bytearray()
@@ -73,6 +74,7 @@ class Worker:
                 "plain values in the dataset, or set workers to 0"
             ) from error
         self._request = LENGTH.pack(len(body)) + body
+        self._count = count
         self._fresh_start = False
         self._send()
 
@@ -108,15 +110,15 @@ class Worker:
             self._reply += data
             if len(self._reply) >= LENGTH.size:
                 (size,) = LENGTH.unpack_from(self._reply)
-                if len(self._reply) - LENGTH.size >= size:
-                    return self._answered()
+                if size > longest(self._count) or len(self._reply) >= LENGTH.size + size:
+                    return self._answered(size)
 
     def overdue(self) -> Outcome | None:
         """The outcome of a call whose time is up or whose process is gone, having killed it."""
         if time.monotonic() < self.deadline:
             # A process that the function started may hold the connection open: no end is seen.
             process = self._process
-            if _peek(process.pid) is None:
+            if how_ended(process.pid) is None:
                 return None
             outcome = self.proceed()
             return self._ended() if outcome is None and process is self._process else outcome
@@ -129,13 +131,8 @@ class Worker:
         if process is None:
             return
         assert self._socket and self._note and self._memory
-        for kill in (os.killpg, os.kill):
-            with contextlib.suppress(OSError):
-                kill(process.pid, signal.SIGKILL)
-        process.join(5)
-        with contextlib.suppress(ValueError):  # it cannot be killed: stuck in the kernel
-            process.close()
         self._socket.close()
+        dismiss(process)
         self._note.release()
         self._memory.close()
         self._socket = self._note = self._memory = None
@@ -149,21 +146,21 @@ class Worker:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        self._memory = mmap.mmap(-1, 16)
+        self._memory = mmap.mmap(-1, 24)
         self._note = memoryview(self._memory).cast("q")
         self._note[READING] = NO_ROW
         self._requests = 0
-        setting = Setting(
-            theirs, self._note, os.getpid(), self._limits.memory_gb, (*_sockets, ours)
-        )
-        context = multiprocessing.get_context("fork")
-        process = context.Process(
-            target=serve, args=(self._call, setting), name=f"fastppo-reward-{self._name}"
+        memory_gb = self._limits.memory_gb
+        work = functools.partial(serve, self._call, Setting(theirs, self._note, memory_gb))
+        process = multiprocessing.get_context("fork").Process(
+            target=keep,
+            args=(work, os.getpid(), memory_gb, self._note),
+            name=f"fastppo-reward-{self._name}",
         )
         try:
             with _signals_held(), warnings.catch_warnings():
                 # Python warns of forking while other threads run, as torch's do. The worker uses
-                # none of their locks: see child._settle.
+                # none of their locks: see child.py.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
         except BaseException:
@@ -171,10 +168,7 @@ class Worker:
             raise
         finally:
             theirs.close()
-        with contextlib.suppress(OSError):  # the worker does the same; whoever is first
-            os.setpgid(process.pid or 0, process.pid or 0)
         self._process, self._socket = process, ours
-        _sockets.add(ours)
 
     def _write(self) -> None:
         assert self._socket is not None
@@ -183,13 +177,14 @@ class Worker:
                 view = memoryview(self._request)[self._sent :]
                 self._sent += self._socket.send(view)
 
-    def _answered(self) -> Outcome:
+    def _answered(self, size: int) -> Outcome:
         try:
-            outcome, text = pickle.loads(self._reply[LENGTH.size :])
-        except Exception:
+            if len(self._reply) != LENGTH.size + size:
+                raise ValueError(f"an answer of {size} bytes")
+            outcome, text = decoded(bytes(self._reply[LENGTH.size :]), self._count)
+        except ValueError:
             message = "wrote something else into the connection of its worker process"
             return self._killed("crash", message)
-        assert isinstance(outcome, Outcome)
         if outcome.failure is None:
             return outcome
         if outcome.failure.kind == "memory":
@@ -199,7 +194,12 @@ class Worker:
 
     def _ended(self) -> Outcome | None:
         taken = self._note[TAKEN] >= self._requests
-        crashed = self._killed("crash", _how_it_ended(self._process.pid))
+        how = _how_it_ended(self._process.pid)
+        if self._note[OVER]:
+            limit = f"memory_gb = {self._limits.memory_gb:g}"
+            message = f"took more than {limit} together with the processes that it started"
+            return self._killed("memory", message)
+        crashed = self._killed("crash", how)
         if not taken and not self._fresh_start:  # it died before the call, by nobody's fault
             self._fresh_start = True
             self._send()
@@ -209,24 +209,15 @@ class Worker:
     def _killed(self, kind: FailureKind, message: str) -> Outcome:
         """The outcome of a call whose process is of no more use, having killed it."""
         suspect = suspect_of(self._note)
+        if suspect not in range(self._count):  # the function can write there too
+            suspect = None
         self.stop()
         return Outcome(None, failure=Problem(kind, message), suspect=suspect)
 
 
-def _peek(pid: int) -> tuple[int, int] | None:
-    """(si_code, si_status) of a child that has ended, which stays unreaped; None while it runs."""
-    try:
-        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # reaped by somebody else
-        return (os.CLD_EXITED, -1)
-    return None if info is None else (info.si_code, info.si_status)
-
-
 def _how_it_ended(pid: int) -> str:
     """How a worker came to close its connection."""
-    ends = time.monotonic() + _LAST_BREATH
-    while (end := _peek(pid)) is None and time.monotonic() < ends:
-        time.sleep(0.001)
+    end = how_ended(pid, _LAST_BREATH)
     if end is None:
         return "closed the connection of its worker process"
     code, status = end

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT (Ctrl-C) as something a run acts on between two pieces of work.
+"""SIGTERM, SIGINT (Ctrl-C) and SIGHUP as something a run acts on between two pieces of work.
 
     with interrupts.handled():
         ...
@@ -18,9 +18,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _pending: int | None = None
+_came = False  # inside `handled`, a signal
 _pipe: tuple[int, ...] = ()  # the descriptors of `handled`, inside it
 
 
@@ -47,18 +48,21 @@ def check() -> None:
 def handled() -> Iterator[None]:
     """Inside, a first signal makes `check` raise and a second one ends the process at once.
 
+    A second SIGHUP does nothing, because a terminal that closes and its shell send one each. Where
+    SIGHUP is ignored, as under nohup, it stays so.
+
     The second one is seen by a thread that the interpreter's own C handler wakes, so that it works
     in the middle of a long matrix product too. Does nothing outside the main thread, where Python
     cannot handle signals.
     """
-    global _pending, _pipe
+    global _pending, _came, _pipe
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _pending = None
+    _pending, _came = None, False
     _pipe = receive, send = os.pipe()
     os.set_blocking(send, False)
-    before = {signum: signal.signal(signum, _note) for signum in SIGNALS}
+    before = {signum: signal.signal(signum, _note) for signum in _heeded()}
     wakeup = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(receive,), name="fastppo-signals", daemon=True)
     watcher.start()
@@ -84,7 +88,7 @@ def forget_in_child() -> None:
     for descriptor in _pipe:  # while one is open here, the parent's watcher sees no end of the pipe
         os.close(descriptor)
     _pending, _pipe = None, ()
-    for signum in SIGNALS:
+    for signum in _heeded():
         signal.signal(signum, _do_nothing)  # SIG_IGN would be handed on to other programs
     # Held while forking: a signal that met the handler above would be lost on the new process.
     os.register_at_fork(
@@ -94,9 +98,16 @@ def forget_in_child() -> None:
     )
 
 
+def _heeded() -> list[signal.Signals]:
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signum for signum in SIGNALS if not (ignored and signum == signal.SIGHUP)]
+
+
 def _usual_handlers() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.SIGHUP in _heeded():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
@@ -105,8 +116,9 @@ def _do_nothing(signum: int, frame: object) -> None:
 
 
 def _note(signum: int, frame: object) -> None:
-    global _pending
-    _pending = signum
+    global _pending, _came
+    if not _came:
+        _pending, _came = signum, True
 
 
 def _watch(receive: int) -> None:
@@ -114,7 +126,7 @@ def _watch(receive: int) -> None:
     seen = 0
     while data := os.read(receive, 64):
         for signum in data:
-            seen += signum in SIGNALS
+            seen += signum in SIGNALS and not (seen and signum == signal.SIGHUP)
             if seen == 2:
                 if sys.stdout.isatty():
                     os.write(1, b"\x1b[?25h\n")  # a live display has hidden the cursor

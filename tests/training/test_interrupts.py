@@ -36,7 +36,9 @@ def start(body: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_the_first_signal_is_raised_by_check(signum: int, status: int) -> None:
     process = start("interrupts.check()")
     process.send_signal(signum)
@@ -50,6 +52,29 @@ def test_a_signal_alone_stops_nothing() -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
+
+
+def test_a_second_hangup_is_no_second_signal() -> None:
+    process = start("pass")
+    for _ in range(3):  # of the terminal, of its shell, and when the shell has ended
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+
+
+def test_under_nohup_a_hangup_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start("interrupts.check()")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
 
 
 def test_the_second_signal_does_not_wait_for_a_long_call() -> None:
