@@ -1,10 +1,10 @@
 """Options: fields of a configuration that know their range and when they have an effect.
 
 A configuration is a frozen dataclass that inherits from `Options`, which checks each of its fields
-by its type and by what `option` says beside it. A number must be one that a run can compute with: 0
-or a normal float32, an int64. Limits are written as they are read: "≥ 1" or
-"> 0", which a number must be finite for, an interval such as "(0, 1]", or '= "gae"' and "≠ None". A
-condition is the name of a field and limits: "kl_coef > 0".
+by its type and by what `option` says beside it. A number must be one that a run can compute with:
+a normal float32, or one that acts as 0 where 0 is allowed; an int64. Limits are written as they are
+read: "≥ 1" or "> 0", which a number must be finite for, an interval such as "(0, 1]", or '= "gae"'
+and "≠ None". A condition is the name of a field and limits: "kl_coef > 0".
 """
 
 from __future__ import annotations
@@ -101,10 +101,11 @@ class Options(metaclass=_Named):
         limits = said.get("limits")
         for part in value if isinstance(value, (tuple, list)) else (value,):
             number = isinstance(part, float) and 0 < abs(part) < math.inf
-            if number and not FLOAT32[0] <= abs(part) <= FLOAT32[1]:
+            acts_as_0 = number and abs(part) < FLOAT32[0] and (not limits or within(0.0, limits))
+            if number and not acts_as_0 and not FLOAT32[0] <= abs(part) <= FLOAT32[1]:
                 raise ValueError(
-                    f"{name}: expected 0 or a number from {FLOAT32[0]:.3g} to "
-                    f"{FLOAT32[1]:.3g} in size, as float32 has them, got {part!r}"
+                    f"{name}: expected a number from {FLOAT32[0]:.3g} to {FLOAT32[1]:.3g} in size, "
+                    f"as float32 has them, got {part!r}"
                 )
             if isinstance(part, int) and abs(part) > INT64:
                 raise ValueError(f"{name}: expected at most {INT64} in size, got {part!r}")

@@ -41,7 +41,6 @@ class Alarms:
         """
         kept = self._runs_away(row)
         silent = self._without_signal(row, scores)
-        # in the order in which a checkpoint has them
         self.streaks = {name: self.streaks.get(name, 0) + 1 for name in silent}
         lasting = {name: text for name, text in silent.items() if self.streaks[name] >= STREAK}
         new = [Notice(text, keep=name) for name, text in kept.items() if name not in self.raised]

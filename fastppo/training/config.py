@@ -53,9 +53,9 @@ class OptimConfig(Options):
     """Iterations over which the learning rates rise from 0."""
     adam_betas: tuple[float, float] = option((0.9, 0.999), "[0, 1)")
     """AdamW's β₁ and β₂."""
-    adam_eps: float = option(1e-5, "≥ 1e-30")
-    """AdamW's ε, above 0, since a weight without a gradient is divided by it; 1e-5 as in the PPO
-    references (https://arxiv.org/abs/2005.12729)."""
+    adam_eps: float = option(1e-5, "≥ 0")
+    """AdamW's ε, 1e-5 as in the PPO references (https://arxiv.org/abs/2005.12729). 1e-30 at least
+    is added, since a weight without a gradient would divide 0 by 0."""
     weight_decay: float = option(0.0, "≥ 0")
     """AdamW's weight decay on matrices; norms, biases and the value head have none."""
     max_grad_norm: float = option(1.0, "≥ 0")

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from fastppo.training.config import OptimConfig
 
+SMALLEST_EPS = 1e-30
+"""A normal fp32 number, by which 0 can be divided."""
+
 
 def make_adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW with weight decay on matrices only; norms, biases and value heads have none.
@@ -31,8 +34,9 @@ def make_adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch
         for group, decay in ((decayed, config.weight_decay), (plain, 0.0))
         if group
     ]
+    eps = max(config.adam_eps, SMALLEST_EPS)
     optimizer = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_eps, fused=True
+        groups, lr=config.learning_rate, betas=config.adam_betas, eps=eps, fused=True
     )
     for p in params:
         p.grad = torch.zeros_like(p)

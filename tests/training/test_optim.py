@@ -188,3 +188,12 @@ def test_a_skipped_step_is_skipped_by_every_optimizer() -> None:
     assert norms[0].isfinite() and norms[1].isnan()
     for optimizer, old in zip(optimizers, before, strict=True):
         assert all(map(torch.equal, state_of(optimizer), old))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-50])
+def test_a_weight_without_a_gradient_is_not_divided_by_0(eps: float) -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    optimizer = make_adamw([weight], PPOConfig(adam_eps=eps, learning_rate=0.5))
+    weight.grad = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    clipped_step(optimizer, 0.0)
+    torch.testing.assert_close(weight.detach(), torch.tensor([[1.0, 1.0], [0.5, 1.0]]))
