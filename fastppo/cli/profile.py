@@ -87,7 +87,7 @@ def profile(config: ProfileConfig) -> None:
     from fastppo.profiling.collect import META, profile_run
 
     console = stdout_console()
-    folder = new_run_dir(config.output_dir, "profiles")
+    folder = new_run_dir(config.output_dir, "profiles", take=False)
     _quiet_kineto()
     try:
         profile_run(config, config.steps, folder, console.print)
@@ -125,7 +125,7 @@ def profile_op(
 
     console = stdout_console()
     ready = op_profile.make_ready(name, size, device, precision)
-    folder = new_run_dir(output_dir, "profiles")
+    folder = new_run_dir(output_dir, "profiles", take=False)
     if ncu:
         console.print(f"written to {op_profile.run_under_ncu(ready, folder)}")
         return

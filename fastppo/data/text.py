@@ -17,17 +17,28 @@ TEMPLATE_ARGUMENTS = "chat_template_kwargs"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids by the tokenizer's defaults.
+    """Token ids by the tokenizer's defaults; see `begun_once`.
 
-    A text that begins with the beginning-of-text token, such as one that the chat template has
-    rendered, gets no second one.
+    Raises:
+        ValueError: the tokenizer cannot.
     """
-    encoded: list[list[int]] = tokenizer(list(texts))["input_ids"]
-    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
-    for ids, text in zip(encoded, texts, strict=True):
-        if isinstance(bos, str) and text.startswith(bos) and ids[:2] == [bos_id, bos_id]:
-            del ids[0]
-    return encoded
+    try:
+        encoded: list[list[int]] = tokenizer(list(texts))["input_ids"]
+    except Exception as error:  # a damaged one raises whatever it likes
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"processing_class: the tokenizer {tokenizer.name_or_path!r} cannot encode the prompts "
+            f"({reason}). Its tokenizer.json may be damaged"
+        ) from error
+    return [begun_once(tokenizer, ids, text) for ids, text in zip(encoded, texts, strict=True)]
+
+
+def begun_once(tokenizer: Any, ids: list[int], text: str) -> list[int]:
+    """The ids of a text, which has no second beginning-of-text token where it begins with one, such
+    as a text that the chat template has rendered."""
+    bos = getattr(tokenizer, "bos_token", None)
+    doubled = isinstance(bos, str) and text.startswith(bos) and len(ids) > 1
+    return ids[1:] if doubled and ids[0] == ids[1] == tokenizer.bos_token_id else ids
 
 
 def encode_plain(

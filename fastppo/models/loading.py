@@ -203,12 +203,15 @@ def load_tokenizer(name: str) -> Any:
     return _unquantised(name).load(AutoTokenizer)
 
 
-def load_config(name: str) -> Any:
-    """The model's transformers configuration; no weights are read."""
+def load_config(name: str, role: str = "model") -> Any:
+    """The model's transformers configuration; no weights are read. Errors begin with its role."""
     from transformers import AutoConfig
 
-    config = _unquantised(name).load(AutoConfig)
-    check_config(name, config)
+    try:
+        config = _unquantised(name).load(AutoConfig)
+        check_config(name, config)
+    except ValueError as error:
+        raise ValueError(f"{role}: {str(error).removeprefix('model: ')}") from error
     return config
 
 

@@ -47,7 +47,7 @@ def load_models(
 def companion_configs(**models: Any) -> dict[str, Any]:
     """The transformers configuration of each model that is given or named, by its role."""
     configs = {
-        role: load_config(str(model)) if isinstance(model, (str, Path)) else model.config
+        role: load_config(str(model), role) if isinstance(model, (str, Path)) else model.config
         for role, model in models.items()
         if isinstance(model, (str, Path)) or hasattr(model, "config")
     }

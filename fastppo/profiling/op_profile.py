@@ -137,13 +137,13 @@ def run_under_ncu(ready: Ready, folder: Path) -> Path:
     if shutil.which("ncu") is None:
         raise ValueError(
             "--ncu: expected Nsight Compute, found no program ncu on the PATH. Install it "
-            f"(https://developer.nvidia.com/nsight-compute); this would be run:\n"
+            f"(https://developer.nvidia.com/nsight-compute); this would be run: "
             f"{shlex.join(command)}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     status = subprocess.run(command, check=False).returncode
     if status:
-        raise ValueError(f"--ncu: ended with status {status}:\n{shlex.join(command)}")
+        raise ValueError(f"--ncu: ended with status {status}: {shlex.join(command)}")
     return report
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastppo.data.sequences import PackedSequences
-from fastppo.data.text import encode
+from fastppo.data.text import begun_once
 from fastppo.models.attention import any_shape_attention, is_supported
 from fastppo.models.loading import DATA_ONLY, load_whole, max_positions
 from fastppo.models.packed import PackedModel
@@ -149,7 +149,8 @@ class RewardModel:
         encoded: list[list[int]] = []
         for prompt, completion in zip(prompts, completions, strict=True):
             if isinstance(prompt, str):
-                (ids,) = encode(self.tokenizer, [prompt + completion])
+                text = prompt + completion
+                ids = begun_once(self.tokenizer, self.tokenizer(text)["input_ids"], text)
             elif self.tokenizer.chat_template is None:
                 raise ValueError(
                     f"the tokenizer of reward model {self.__name__!r} has no chat template but the "

@@ -106,7 +106,7 @@ def test_weights_that_no_model_reads_are_harmless(tmp_path: Path) -> None:
 def test_a_file_of_weights_that_is_cut_off(tmp_path: Path) -> None:
     file = save(tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:9000])
-    with pytest.raises(ValueError, match=f"^model: '{tmp_path}' .* damaged or cut off"):
+    with pytest.raises(ValueError, match=f"^model: '{tmp_path}': {file.name} is damaged"):
         load_model(str(tmp_path))
 
 

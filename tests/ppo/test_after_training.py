@@ -18,6 +18,7 @@ from fastppo.training.errors import StopRunError
 from fastppo.training.interrupts import Interrupted
 
 IDS = torch.tensor([[3, 5, 2]])
+TRAINER = os.getpid()
 
 
 def length(completions: list[str]) -> list[float]:
@@ -25,7 +26,7 @@ def length(completions: list[str]) -> list[float]:
 
 
 def interrupted(completions: list[str]) -> list[float]:
-    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(TRAINER, signal.SIGTERM)
     return length(completions)
 
 
@@ -91,7 +92,7 @@ def test_a_saved_model_that_is_not_the_trained_one_stops_the_run(tmp_path: Path)
     model = tiny_model(len(WORDS), seed=0).eval()
     model.model.layers[1].register_forward_hook(lambda module, inputs, out: out + 0.1)
     trainer = make_trainer(model, tmp_path / "run")
-    with pytest.raises(StopRunError, match=f"^{tmp_path}/run/model: loaded again, .* not what was"):
+    with pytest.raises(StopRunError, match=f"{tmp_path}/run/model: loaded again, "):
         trainer.train()
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["iteration-000002"]
     assert not list((tmp_path / "run").glob("*model*"))

@@ -574,7 +574,6 @@ SAVED = {
     *("PPOStep.actor_optimizer", "PPOStep.critic_optimizer", "PPOStep.token_budget"),
     *("PPOStep.policy", "PPOTrainer.policy", "PackedEngine.model"),  # of one policy
     *("PackedEngine.max_rows", "FailureWindow._past", "Alarms.raised"),
-    "Alarms.streaks",
 }
 # made anew by every process, or by every update from what is saved
 NEED_NOT_BE = {
@@ -583,7 +582,7 @@ NEED_NOT_BE = {
     "Run.display": "shows rows of metrics.jsonl",
     "Run.started": "a time of this process; Run.seconds is saved",
     "PPOTrainer._frozen": "the digest of what a checkpoint leaves out",
-    "PPOTrainer.unscored": "how long this process has waited for a first score",
+    "Run._lock": "which directory this process locked",
     "PPOTrainer.token_budget_shown": "what has been told to a person",
 }
 

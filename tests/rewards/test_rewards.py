@@ -621,7 +621,7 @@ def test_reward_model_has_no_dropout_no_gradient_and_the_asked_dtype(model_folde
 def test_reward_model_reads_its_weights_only_when_used(model_folder: Path) -> None:
     (model_folder / "model.safetensors").unlink()
     reward = RewardModel(model_folder)  # configuration and tokenizer are enough
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="no file named model.safetensors"):
         reward.load()
 
 
