@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -100,6 +101,20 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(template: Path, tmp_path: Path) -> Path:
     """A copy of the template."""
     return Path(shutil.copytree(template, tmp_path / "project"))
+
+
+@pytest.fixture
+def private_mounts() -> tuple[str, ...]:
+    """A command prefix under which a program can mount what only it sees."""
+    prefix = ("unshare", "--user", "--map-root-user", "--mount")
+    try:
+        mount = ("mount", "-t", "tmpfs", "none", "/mnt")
+        done = subprocess.run([*prefix, *mount], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        pytest.skip(f"no program {error.filename}")
+    if done.returncode:
+        pytest.skip(f"not permitted to mount: {done.stderr.strip()}")
+    return prefix
 
 
 class Done(NamedTuple):

@@ -170,8 +170,8 @@ class PPOTrainer:
             Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
             RewardError: rewards lost more samples than `reward_max_failure_rate`; likewise.
             StopRunError: the saved model, loaded again, is not what was trained; likewise.
-            StartError: weights that are not finite, or a reference that is not the model at the
-                start; nothing has been trained.
+            StartError: no room on the disk, weights that are not finite, or a reference that is
+                not the model at the start; nothing has been trained.
             NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
             CheckpointError: a checkpoint could not be saved, or is not one of this model.
         """
@@ -390,9 +390,10 @@ class PPOTrainer:
             "model_name": self.name,
         }
 
-    def rehearse(self, folder: Path) -> None:
-        """Fail as `save_model` would."""
+    def rehearse(self, folder: Path) -> int:
+        """Fail as `save_model` would; returns the bytes of its fp32 weights."""
         rehearse_model(folder, self.policy.rehearse, self.tokenizer)
+        return 4 * self.policy.num_parameters()["total"]
 
     def save_model(self, folder: str | Path) -> Path:
         """Save the policy, its critic and the tokenizer in a new folder.

@@ -49,6 +49,7 @@ from fastppo.training.metrics import (
     whole,
 )
 from fastppo.training.resume import archive, open_run, plain_config, versions
+from fastppo.training.room import check_room
 from fastppo.training.trainer import Row, Sample, State, Trainer
 
 MAX_ROLLBACKS = 3
@@ -127,6 +128,7 @@ class Run:
         Raises:
             Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
             StopRunError: the trainer cannot go on; likewise.
+            StartError: the disk has no room for the model and one checkpoint.
             NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
             CheckpointError: a checkpoint could not be saved, or is not one of this model.
             RunInUseError: another run has the directory, or had it since this one was prepared; or
@@ -145,7 +147,11 @@ class Run:
                 self._restore(trainer, self.opened.checkpoint)
                 if archived := archive(self.run_dir, self.opened.checkpoint):
                     self.opened.notes.append(f"what came after it is kept in {archived}")
-            trainer.rehearse(self.run_dir / "model")
+            model = trainer.rehearse(self.run_dir / "model")
+            groups = trainer.state()[0].values()
+            checkpoint = sum(x.nbytes for group in groups for x in group.values())
+            room = check_room(self.run_dir, self.args, model, checkpoint, self.iterations)
+            self.opened.notes.extend(room)
             write_json(self.run_dir / "config.json", config)
             self.metrics = stack.enter_context(
                 MetricsWriter(

@@ -75,8 +75,12 @@ class Trainer(Protocol):
     def summary(self) -> dict[str, Any]:
         """What it adds to summary.json."""
 
-    def rehearse(self, folder: Path) -> None:
-        """Fail as `save_model` would at the end, and leave nothing in the folder's place."""
+    def rehearse(self, folder: Path) -> int:
+        """Fail as `save_model` would at the end, and leave nothing in the folder's place.
+
+        Returns:
+            Bytes of the weights that it will write.
+        """
 
     def save_model(self, folder: Path) -> Path:
         """Write the trained model into a new folder."""

@@ -216,20 +216,6 @@ def refused(folder: Path, advice: str, *, before: tuple[str, ...] = (), **parts:
     return str(message)
 
 
-@pytest.fixture
-def private_mounts() -> tuple[str, ...]:
-    """A command prefix under which a program can mount what only it sees."""
-    prefix = ("unshare", "--user", "--map-root-user", "--mount")
-    try:
-        mount = ("mount", "-t", "tmpfs", "none", "/mnt")
-        done = subprocess.run([*prefix, *mount], capture_output=True, text=True)
-    except FileNotFoundError as error:
-        pytest.skip(f"no program {error.filename}")
-    if done.returncode:
-        pytest.skip(f"not permitted to mount: {done.stderr.strip()}")
-    return prefix
-
-
 MOUNT = "subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=6m', 'none', folder], check=True)"
 
 

@@ -109,8 +109,8 @@ class TextTrainer:
     def summary(self) -> dict[str, Any]:
         return {"texts": self.texts}
 
-    def rehearse(self, folder: Path) -> None:
-        """Nothing can fail."""
+    def rehearse(self, folder: Path) -> int:
+        return 0
 
     def save_model(self, folder: Path) -> Path:
         return save_model(folder, self.model, word_tokenizer())
@@ -236,8 +236,8 @@ class Counter(TextTrainer):
     def summary(self) -> dict[str, Any]:
         return {"count": self.count}
 
-    def rehearse(self, folder: Path) -> None:
-        """Nothing can fail."""
+    def rehearse(self, folder: Path) -> int:
+        return 0
 
     def save_model(self, folder: Path) -> Path:
         folder.mkdir()
@@ -271,8 +271,9 @@ def test_a_signal_stops_a_trainer_that_never_looks(tmp_path: Path) -> None:
 
 def test_what_the_end_would_refuse_is_refused_before_the_first_iteration(tmp_path: Path) -> None:
     class Refusing(Counter):
-        def rehearse(self, folder: Path) -> None:
+        def rehearse(self, folder: Path) -> int:
             rehearse_model(folder, lambda partial: (partial / "a").mkdir(), object())
+            return 0
 
     args = CountConfig(output_dir=str(tmp_path / "run"), num_iterations=3)
     with pytest.raises(CheckpointError, match="after training .*save_pretrained"):
