@@ -15,8 +15,10 @@ from fastppo.rewards.limits import RewardLimits
 from fastppo.rewards.pool import CAN_FORK, Pool
 
 _LONGEST = 10.0  # seconds
-_MISTAKES = ("TypeError", "AttributeError", "NameError", "UnboundLocalError", "ImportError")
-_MISTAKES += ("ModuleNotFoundError",)
+_MISTAKES = (
+    *("TypeError", "AttributeError", "NameError", "UnboundLocalError"),
+    *("ImportError", "ModuleNotFoundError"),
+)
 _CHAT = (
     ". Completions are lists of messages, because the prompts are chats: the text is "
     "completion[0]['content']"
