@@ -16,7 +16,7 @@ from fastppo.models.config import NamedModelConfig
 from fastppo.models.loading import load_config, load_tokenizer
 from fastppo.models.setup import train_last_layers
 from fastppo.ppo.config import TrainConfig
-from fastppo.ppo.inputs import make_inputs, try_rewards
+from fastppo.ppo.inputs import make_inputs
 from fastppo.ppo.models import companion_configs, lora_config
 from fastppo.reporting.formatting import visible
 from fastppo.reporting.terminal import stdout_console
@@ -43,7 +43,6 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
             ref_model=config.ref_model or None, value_model=config.value_model or None
         ),
     )
-    notes = try_rewards(rewards, data)
     run_dir = new_run_dir(config.output_dir, take=False)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
@@ -63,8 +62,6 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     console.print(f"prompts     {len(data):,} ({data.num_filtered:,} over the limit left out)")
     console.print(f"held out    {len(held_out) if held_out else 0:,}")
     console.print(visible(f"rewards     {', '.join(rewards.names)}"))
-    for note in notes:
-        console.print(visible(f"note        {note}"))
     console.print(visible(f"run         {run_dir}"))
     memory = estimate_memory(config, model_config, total, trainable, precision)
     console.print(f"memory      about {sum(memory.values()) / GIB:.2f} GiB:")

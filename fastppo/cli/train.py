@@ -50,7 +50,6 @@ def train(argv: Sequence[str]) -> int:
     from fastppo.checkpoint import CheckpointError, RunInUseError
     from fastppo.cli.dry_run import dry_run
     from fastppo.ppo.build import build_trainer
-    from fastppo.training.errors import NonFiniteError, StartError, StopRunError
     from fastppo.training.memory import is_out_of_memory
 
     quiet()
@@ -61,12 +60,13 @@ def train(argv: Sequence[str]) -> int:
         trainer = build_trainer(
             config, resume=invocation.resume, allow_changes=invocation.allow_changes
         )
-    except (ValueError, TypeError, ImportError, OSError, CheckpointError, StopRunError) as error:
+    except (ValueError, TypeError, ImportError, OSError, CheckpointError) as error:
         return refused("train", error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return refused("train", error if str(error) else "out of memory")
+    from fastppo.training.errors import NonFiniteError, StartError, StopRunError
     from fastppo.training.interrupts import Interrupted
 
     try:

@@ -90,13 +90,6 @@ def make_inputs(
     return Inputs(train, held_out, rewards)
 
 
-def try_rewards(rewards: Rewards, data: PromptDataset) -> list[str]:
-    """Notes for a person of a call on the first prompt; see `Rewards.try_out`."""
-    first = data.select([0])
-    columns = {name: values[0] for name, values in first.columns.items()}
-    return rewards.try_out(first.prompts[0], columns, first.ids[0])
-
-
 def end_tokens(
     model: Any, tokenizer: Any, data: PromptDataset, resumed: Mapping[str, Any] | None
 ) -> tuple[tuple[int, ...], list[str]]:

@@ -25,7 +25,7 @@ from fastppo.ppo.alarms import Alarms
 from fastppo.ppo.config import PPOConfig
 from fastppo.ppo.experience import PackedBatch
 from fastppo.ppo.identity import check_identity
-from fastppo.ppo.inputs import end_tokens, make_inputs, try_rewards
+from fastppo.ppo.inputs import end_tokens, make_inputs
 from fastppo.ppo.models import companion_configs, load_models
 from fastppo.ppo.rollout_metrics import check_scored, evaluation, sample_rows, score_metrics
 from fastppo.ppo.start import check_models, check_reference
@@ -123,9 +123,7 @@ class PPOTrainer:
             reward_weights,
             companion_configs(ref_model=ref_model, value_model=value_model),
         )
-        notes = [] if resume_from_checkpoint else try_rewards(self.rewards, self.train_data)
         self.run = Run(args, self.name, resume=resume_from_checkpoint, allow_changes=allow_changes)
-        self.run.opened.notes.extend(notes)
         if self.train_data.num_filtered:
             left_out = f"{self.train_data.num_filtered} prompts over the limit left out"
             self.run.opened.notes.append(left_out)

@@ -20,7 +20,6 @@ RewardError. What a function says about itself with `declare` decides how often 
     batch                                      several functions together: `Rewards`
     calls → {inline, pool → worker → child}    here, or in a forked process
     keeper, reply                              what ends with a worker; what it answers
-    trial                                      a call of each on one made-up sample, at the start
     isolation                                  which rows to call a function on next
     functions                                  a function and what its signature asks for
     outcome, failures, limits                  what a call came to; what is accepted

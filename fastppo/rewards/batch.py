@@ -18,12 +18,10 @@ import torch
 from fastppo.rewards.calls import call_functions
 from fastppo.rewards.failures import FailureWindow, Losses, RewardFailure
 from fastppo.rewards.functions import BoundFunction, RewardFunction
-from fastppo.rewards.http import HTTPReward
 from fastppo.rewards.limits import RewardLimits
 from fastppo.rewards.loading import resolve_reward
 from fastppo.rewards.model import RewardModel
 from fastppo.rewards.pool import Pool
-from fastppo.rewards.trial import sample_of, try_out
 
 _PROVIDED = ("prompts", "completions", "completion_ids")
 _SUM = "weighted sum of all"  # what an overflow of the sum is blamed on
@@ -153,20 +151,6 @@ class Rewards:
                         f"column of the dataset{hint}; available: {', '.join(available)}. Rename "
                         "the parameter, add the column, or give the parameter a default"
                     )
-
-    def try_out(self, prompt: Any, columns: Mapping[str, Any], ids: np.ndarray) -> list[str]:
-        """Calls each function once on one prompt with a made-up answer; see `trial`.
-
-        Left out are reward models, services, and what is declared not idempotent.
-        """
-        tried = [
-            f
-            for f in self._functions
-            if f.model is None
-            and f.declared.idempotent is not False
-            and not isinstance(f.call, HTTPReward)
-        ]
-        return try_out(tried, sample_of(prompt, columns, ids), self.limits)
 
     def check_apart(self, trained: Sequence[torch.nn.Parameter]) -> None:
         """Refuses a reward model that would change while a run trains.
