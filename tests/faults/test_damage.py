@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 GENERATOR = Path(__file__).with_name("damage.py")
 
 
@@ -24,9 +22,3 @@ def run(*arguments: str) -> int:
 
 def test_a_sample_of_all_damage() -> None:
     assert run("100") >= 15
-
-
-@pytest.mark.slow
-@pytest.mark.first
-def test_all_damage() -> None:
-    assert run() >= 1500
