@@ -6,7 +6,6 @@ takes to be found. The smallest complete one is cases/gae_classic.py.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import pkgutil
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastppo.options import nearest
 from fastppo.profiling.case import SIZE_NAMES, Case, Count, Inputs, Outputs, Prepare, Size, passes
 
 
@@ -149,7 +149,6 @@ def select_cases(names: Sequence[str]) -> list[Benchmark]:
     known = all_cases()
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"cases: unknown case {name!r}.{hint} Known: {', '.join(known)}")
+            hint = nearest(name, known) or "."
+            raise ValueError(f"cases: unknown case {name!r}{hint} Known: {', '.join(known)}")
     return [known[name] for name in names or known]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import os
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastppo.cli.output import called, crashed, quiet, refused
+from fastppo.options import nearest
 
 _USAGE = """usage: fastppo COMMAND [options]
 
@@ -50,9 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastppo {__version__}")
         return 0
     if args[0] not in commands:
-        near = difflib.get_close_matches(args[0], commands, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        print(f"fastppo: unknown command {args[0]!r}.{hint}\n\n{_USAGE}", file=sys.stderr)
+        hint = nearest(args[0], commands) or "."
+        print(f"fastppo: unknown command {args[0]!r}{hint}\n\n{_USAGE}", file=sys.stderr)
         return 2
     # Threads that wait spin, by default so long that on a shared CPU it costs 20 times the work
     # itself (docs/log.md). GNU OpenMP reads this when torch is loaded, further down.

@@ -55,11 +55,24 @@ def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
     Raises:
         ValueError: there are some.
     """
-    if bad := [key for key, weight in weights if not weight.isfinite().all()]:
+    if bad := not_finite(dict(weights)):
         raise ValueError(
             f"{name} has weights that are not finite (NaN or infinite) in {_some(bad)}: nothing "
             "could be learned from them. Use what was saved before they broke"
         )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those with NaN or infinity in them: one pass over all, one copy to the host."""
+    import torch
+
+    given = {n: t.detach() for n, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not given:
+        return []
+    largest = torch._foreach_norm(list(given.values()), ord=torch.inf)
+    device = largest[0].device
+    finite = torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite().tolist()
+    return [name for name, good in zip(given, finite, strict=True) if not good]
 
 
 def load_value_head(head: Any, file: Path) -> None:

@@ -167,7 +167,7 @@ class PPOTrainer:
             reward of the first and the last iterations, seconds, where everything is.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
+            Interrupted: SIGTERM, SIGINT or SIGHUP came; a checkpoint has been saved.
             RewardError: rewards lost more samples than `reward_max_failure_rate`; likewise.
             StopRunError: the saved model, loaded again, is not what was trained; likewise.
             StartError: no room on the disk, weights that are not finite, or a reference that is

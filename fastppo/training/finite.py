@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from fastppo.checkpoint import CheckpointError
+from fastppo.models.weights import not_finite
 from fastppo.training.errors import StopRunError
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Refuse to save weights that are not finite: one pass over them, one copy to the host.
+    """Refuse to save weights that are not finite.
 
     Args:
         tensors: parameters or an optimiser's state, by name.
@@ -21,15 +21,10 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     Raises:
         CheckpointError: naming the first that is not finite.
     """
-    given = {n: t.detach() for n, t in tensors.items() if t.is_floating_point() and t.numel()}
-    if not given:
-        return
-    largest = torch._foreach_norm(list(given.values()), ord=torch.inf)
-    finite = torch.stack([norm.float().cpu() for norm in largest]).isfinite().tolist()
-    if bad := [name for name, good in zip(given, finite, strict=True) if not good]:
+    if bad := not_finite(tensors):
         raise CheckpointError(
             f"{what}: expected finite numbers, got NaN or infinity in {bad[0]} ({len(bad)} of "
-            f"{len(given)} tensors); it was not saved, and what was saved before is as it was. "
+            f"{len(tensors)} tensors); it was not saved, and what was saved before is as it was. "
             "Lower learning_rate, and --resume with --allow-changes learning-rate"
         )
 

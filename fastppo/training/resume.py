@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ from fastppo.checkpoint import (
     verify,
 )
 from fastppo.checkpoint.lock import LOCK
-from fastppo.options import Options, about, holds, shown
+from fastppo.options import Options, about, holds, nearest, shown
 from fastppo.training.config import RunConfig
 from fastppo.training.metrics import check_lines
 
@@ -249,10 +248,9 @@ def check_allowed(args: Options, allowed: Sequence[str], resume: bool | str | Pa
     """
     names = list({**_defaults(args), **dict.fromkeys(INPUTS)})
     if unknown := [name for name in allowed if name not in names]:
-        near = difflib.get_close_matches(unknown[0], names, n=1)
-        hint = f". Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"allow_changes: expected names of options, got {', '.join(unknown)}{hint}"
+            f"allow_changes: expected names of options, got {', '.join(unknown)}"
+            f"{nearest(unknown[0], names)}"
         )
     if allowed and not resume:
         raise ValueError(

@@ -126,7 +126,7 @@ class Run:
             The summary that is also written to summary.json.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
+            Interrupted: SIGTERM, SIGINT or SIGHUP came; a checkpoint has been saved.
             StopRunError: the trainer cannot go on; likewise.
             StartError: the disk has no room for the model and one checkpoint.
             NonFiniteError: see `on_nonfinite`; the step is kept in dumps/.
