@@ -17,16 +17,18 @@ Differences = Callable[[Path, Path], list[str]]
 pytestmark = pytest.mark.slow
 
 # Two of the 25 prompts crash the worker in whichever iteration draws them, and in each evaluation.
-# Where a file "now" lies, the crash in a batch of eight asks its parent to end first, once.
+# Where a file "now" lies, the crash in a batch of eight asks the trainer to end first, once.
 REWARD = """
 import os, signal
+
+TRAINER = os.getpid()  # which runs this file; a worker calls the function
 
 def larger(prompts, completions, answer):
     for prompt in prompts:
         if prompt in ("2 3 >", "4 0 >"):
             if os.path.exists("now") and len(prompts) == 8:
                 os.remove("now")
-                os.kill(os.getppid(), signal.SIGTERM)
+                os.kill(TRAINER, signal.SIGTERM)
             os._exit(3)
     return [float(text.split() == [a]) + 0.1 * len(text) for text, a in zip(completions, answer)]
 """
